@@ -1,0 +1,239 @@
+"""Strict configuration: YAML + `a.b=c` overrides into one tree of dataclasses. Unknown keys name their nearest kin.
+
+Each dataclass sits beside what it configures; this file only composes them and checks what spans sections.
+Parsing imports none of ray, vllm, megatron (tests/test_configs.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from megatron_agent import registry
+from megatron_agent.data.dataset import DataConfig
+from megatron_agent.errors import ConfigError
+from megatron_agent.observe.boards import ObserveConfig
+from megatron_agent.rollout.agent_loop import AgentConfig
+from megatron_agent.rollout.engine import RolloutConfig
+from megatron_agent.training.actor import TrainingConfig
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunSection:
+    """Where a run lives and how it starts. `resume`: "never", or "auto" to go on from the last complete checkpoint."""
+
+    name: str = "run"
+    output_dir: str = "runs"
+    seed: int = 0
+    resume: str = "never"
+    save_every_steps: int = 10
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.resume in ("auto", "never"), f"run.resume is {self.resume!r}; allowed: auto, never")
+        require(self.save_every_steps >= 0, "run.save_every_steps must be 0 (only at the end) or more")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+
+@dataclass
+class ModelSection:
+    """The Hugging Face checkpoint to start from and the model family (a folder or file of models/) that reads it."""
+
+    path: str = ""
+    family: str = "qwen2_5_vl"
+
+
+@dataclass
+class SftSection:
+    """Supervised warm start on the `script` column; 0 steps: none."""
+
+    files: list[str] = field(default_factory=list)
+    num_steps: int = 0
+    rows_per_step: int = 32
+    lr: float = 1e-3
+    warmup_steps: int = 20
+    decay_fraction: float = 0.3  # the last part of the steps over which the rate falls
+    min_lr_fraction: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass
+class EvaluationSection:
+    """Greedy episodes over held-out files, before, after and every `every_steps` (0: never between)."""
+
+    files: list[str] = field(default_factory=list)
+    without_tool_files: list[str] = field(default_factory=list)
+    every_steps: int = 0
+    max_rows: int = 0  # 0: all
+    chance: float = 0.0  # accuracy of guessing, for the summary
+
+
+@dataclass
+class RunConfig:
+    """The whole tree. `env`, `reward`, `algorithm` hold the Config of the component that is named."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataConfig = field(default_factory=DataConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sft: SftSection = field(default_factory=SftSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    env: dict[str, Any] = field(default_factory=dict)  # env name -> its Config
+    reward_name: str = "vl_agent"
+    reward: Any = None
+    algorithm_name: str = "grpo"
+    algorithm: Any = None
+
+    def __post_init__(self) -> None:
+        check_across_sections(self)
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def check_across_sections(config: RunConfig) -> None:
+    training, rollout = config.training, config.rollout
+    rows = training.prompts_per_step * rollout.group_size
+    dp = training.layout.data_parallel
+    require(
+        rows % (dp * training.minibatches_per_step) == 0,
+        f"training.prompts_per_step x rollout.group_size = {rows} rows do not divide over data_parallel={dp} x "
+        f"training.minibatches_per_step={training.minibatches_per_step}; make the product a multiple of "
+        f"{dp * training.minibatches_per_step}",
+    )
+    require(
+        rollout.max_model_len <= training.max_tokens_per_microbatch,
+        f"rollout.max_model_len={rollout.max_model_len} exceeds training.max_tokens_per_microbatch="
+        f"{training.max_tokens_per_microbatch}: a full row would fit no micro-batch; raise the second or lower the first",
+    )
+    require(
+        config.agent.single_response_max_tokens < rollout.max_model_len,
+        f"agent.single_response_max_tokens={config.agent.single_response_max_tokens} must be below "
+        f"rollout.max_model_len={rollout.max_model_len}",
+    )
+    require(
+        not config.sft.num_steps or config.sft.rows_per_step % dp == 0,
+        f"sft.rows_per_step={config.sft.rows_per_step} must be a multiple of training.data_parallel={dp}",
+    )
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML). Raises ConfigError."""
+    path = Path(path)
+    require(path.is_file(), f"{path}: no such config file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    require(isinstance(tree, dict), f"{path}: the top level must be a mapping of sections, not {type(tree).__name__}")
+    for item in overrides or []:
+        apply_override(tree, item)
+    return parse(tree)
+
+
+def apply_override(tree: dict, item: str) -> None:
+    key, equals, text = item.partition("=")
+    require(bool(equals) and bool(key), f"override {item!r}: write it as section.key=value")
+    *parents, last = key.split(".")
+    node = tree
+    for name in parents:
+        node = node.setdefault(name, {})
+        require(isinstance(node, dict), f"override {item!r}: {name!r} is a value, not a section")
+    node[last] = yaml.safe_load(text)
+
+
+def parse(tree: dict) -> RunConfig:
+    """A mapping as YAML gives it -> RunConfig; every key and type is checked."""
+    tree = dict(tree)
+    env = tree.pop("env", None) or {}
+    require(isinstance(env, dict), "env: a mapping of env names to their options")
+    components: dict[str, Any] = {
+        "env": {name: build(registry.resolve("envs", name).Config, options or {}, f"env.{name}") for name, options in env.items()}
+    }
+    for section, kind, default in (("reward", "rewards", "vl_agent"), ("algorithm", "algorithms", "grpo")):
+        options = dict(tree.pop(section, None) or {})
+        name = options.pop("name", default)
+        components[f"{section}_name"] = name
+        components[section] = build(registry.resolve(kind, name).Config, options, section)
+    sections = {f.name: f for f in dataclasses.fields(RunConfig) if f.name not in components}
+    _reject_unknown(tree, [*sections, "env", "reward", "algorithm"], "")
+    hints = typing.get_type_hints(RunConfig)
+    values = {name: build(hints[name], tree.get(name) or {}, name) for name in sections}
+    return RunConfig(**values, **components)
+
+
+def build(cls: type[T], options: object, where: str) -> T:
+    """Fill dataclass `cls` from a mapping, checking names and types. Raises ConfigError naming `where.key`."""
+    require(isinstance(options, dict), f"{where}: expected a mapping of options, got {options!r}")
+    assert isinstance(options, dict)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    _reject_unknown(options, list(fields), where)
+    hints = typing.get_type_hints(cls)
+    values = {name: _coerce(hints[name], value, f"{where}.{name}") for name, value in options.items()}
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _reject_unknown(options: dict, known: list[str], where: str) -> None:
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown key {f'{where}.{key}' if where else key!r}{hint} Known: {', '.join(known)}")
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _coerce(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if origin in (list, tuple):
+        require(isinstance(value, (list, tuple)), f"{where}: expected a list, got {value!r}")
+        return origin(_coerce(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict or hint is dict:
+        require(isinstance(value, dict), f"{where}: expected a mapping, got {value!r}")
+        return {k: _coerce(arguments[1], v, f"{where}.{k}") if arguments else v for k, v in value.items()}
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-6 as a string
+        except ValueError:
+            pass
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r} ({type(value).__name__})")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved tree, as `parse` reads it back."""
+    tree = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    tree = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in tree.items()}  # type: ignore[arg-type]
+    tree["env"] = {k: dataclasses.asdict(v) for k, v in config.env.items()}
+    for section in ("reward", "algorithm"):
+        tree[section] = {"name": tree.pop(f"{section}_name"), **tree[section]}
+    return tree

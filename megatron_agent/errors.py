@@ -1,0 +1,35 @@
+"""One small tree of errors. Each names the boundary it belongs to, and pickles (they cross Ray)."""
+
+from __future__ import annotations
+
+
+class MegatronAgentError(Exception):
+    """Root of all errors that this project raises on purpose."""
+
+
+class ConfigError(MegatronAgentError, ValueError):
+    """The user's configuration cannot be: what was given, what is allowed, what to do."""
+
+
+class DataError(MegatronAgentError, ValueError):
+    """A dataset, row or picture that cannot be used; names file, row and reason."""
+
+
+class CheckpointError(MegatronAgentError, ValueError):
+    """A checkpoint folder that is incomplete, of another model or damaged."""
+
+
+class EnvError(MegatronAgentError, ValueError):
+    """A tool call that cannot be carried out; its text is shown to the model as the observation."""
+
+
+class EngineError(MegatronAgentError, RuntimeError):
+    """A rollout engine died or refused a request."""
+
+
+class WeightSyncError(MegatronAgentError, RuntimeError):
+    """Weights did not arrive as they were sent; generation must not go on."""
+
+
+class TrainingError(MegatronAgentError, RuntimeError):
+    """A trainer rank failed, or the loss is not a number."""

@@ -1,0 +1,40 @@
+"""Components by name: the file's name is the component's name; there is no list to edit."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pkgutil
+
+from megatron_agent.errors import ConfigError
+
+_CONTRACT_FILES = {"base", "functional", "mapping", "renderer", "judge"}  # shared by the components, not components
+
+
+@functools.cache
+def names(kind: str) -> tuple[str, ...]:
+    """The components of an extension folder (`envs`, `rewards`, `algorithms`, `models`), sorted."""
+    package = importlib.import_module(f"megatron_agent.{kind}")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _CONTRACT_FILES))
+
+
+@functools.cache
+def resolve(kind: str, name: str) -> type:
+    """`resolve("envs", "visual_toolbox_v2")` -> the class that this file exports as `COMPONENT`.
+
+    `pkg.mod:Class` names a class of the user's own. Raises ConfigError with the nearest known name.
+    """
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{kind}: cannot load {name!r}: {error}; give it as 'package.module:Class'") from error
+    if name not in names(kind):
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, names(kind), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{kind}: unknown name {name!r}{hint} Known: {', '.join(names(kind))}, or 'package.module:Class'")
+    return importlib.import_module(f"megatron_agent.{kind}.{name}").COMPONENT
