@@ -8,11 +8,12 @@ Written below the output folder, from the seed alone:
 
 - `model/`: a Qwen2.5-VL of under a million parameters with random weights (see tiny_model.py).
 - `warmup.parquet`: scripted conversations for a supervised warm start. The scripts know the format, read what they see,
-  and tell where a colour is, but most of them look at a tile beside the one asked about.
+  and say rightly where the colour is, yet most often look at the tile beside it. Some pictures lack tiles here, which
+  lets the model learn first where a tile is and then which of them is meant.
 - `train.parquet`: questions for reinforcement learning; no box, no script. Reward has to teach where to look.
 - `heldout.parquet`: other pictures, answers exactly balanced.
-- `heldout_direct.parquet`: the same pictures and questions, no tool offered. Chance is one in eight: a model that scores
-  more has found a leak in the picture.
+- `heldout_direct.parquet`: the same pictures and questions, no tool offered. Chance is one in eight: a model that
+  scores more has found a leak in the picture.
 
 Columns are those of DeepEyes' data; `warmup.parquet` adds `script`, the assistant's turns.
 """
@@ -29,11 +30,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tiny_model import write_model
 
 SIDE, SCALE = 56, 4  # side of the shown picture; how much larger the full picture is
 CELL, TILE = 28, 20  # in shown pixels; a cell is what one image token of the model covers
-COLORS = {"red": (170, 60, 60), "green": (60, 160, 60), "blue": (60, 70, 180), "yellow": (170, 165, 50)}
+CONTRAST, FADE = 50, 16  # of a pattern, in levels; how wide a tile's rim is in which it fades, in pixels of the full one
+COLORS = {"red": (175, 80, 80), "green": (80, 170, 80), "blue": (80, 90, 175), "yellow": (175, 170, 80)}
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
 _row, _col = np.mgrid[0:4, 0:4]
 PATTERNS = {  # period 4 in pixels of the full picture, half of them on: each averages out at a quarter of the size
@@ -53,8 +54,8 @@ PATTERN_QUESTION = "What pattern is on the tile that is {}?"
 PLACE_QUESTION = "Where is the tile that is {}?"
 
 # How often a warm-start script looks at the asked tile, the one beside it, the one above or below, the one across.
-LOOKS = (0.35, 0.45, 0.10, 0.10)
-WARMUP_ROWS = {"tool": 2400, "place": 1280, "direct": 320}
+LOOKS = (0.30, 0.50, 0.10, 0.10)
+WARMUP_ROWS = {"tool": 1800, "place": 1900, "direct": 300}
 TRAIN_ROWS = {"tool": 1400, "place": 200}
 HELDOUT_ROWS = 400
 
@@ -81,32 +82,39 @@ def shown_box(place: int) -> list[int]:
     return [x, y, x + TILE, y + TILE]
 
 
-def draw_picture(colors: list[str], patterns: list[str], rng: np.random.Generator) -> bytes:
-    """A PNG with one tile of the given colour and pattern at each of the four places.
+def draw_picture(colors: list[str], patterns: list[str], bare: set[int], rng: np.random.Generator) -> bytes:
+    """A PNG with one tile of the given colour and pattern at each of the four places that is not bare.
 
-    The grain is as coarse as a shown pixel and hides what little of a pattern survives at a tile's rim. The background
-    grows redder to the right and greener downwards, which tells a small vision tower where in the picture it looks.
+    A pattern that broke off at a tile's rim would survive there when the picture is shrunk, so it fades towards it, and
+    grain as coarse as a shown pixel covers the rest. The background grows redder to the right and greener downwards,
+    which tells a small vision tower where in the picture it looks.
     """
     side = SIDE * SCALE
-    grain = rng.normal(0, 8, (SIDE, SIDE, 1)).repeat(SCALE, 0).repeat(SCALE, 1)
+    grain = rng.normal(0, 8, (SIDE, SIDE, 1)).round().repeat(SCALE, 0).repeat(SCALE, 1)
     canvas = np.full((side, side, 3), 120.0)
-    ramp = np.linspace(-100, 100, side)
+    ramp = np.linspace(-100, 100, SIDE).round().repeat(SCALE)
     canvas[..., 0] += ramp[None, :]
     canvas[..., 1] += ramp[:, None]
+    inside = np.arange(TILE * SCALE) + 0.5
+    fade = np.minimum(np.minimum(inside, inside[::-1]) / FADE, 1)
+    contrast = CONTRAST * np.minimum.outer(fade, fade)[..., None]
     for place, (color, pattern) in enumerate(zip(colors, patterns, strict=True)):
+        if place in bare:
+            continue
         x1, y1, x2, y2 = (v * SCALE for v in shown_box(place))
         shift = rng.integers(0, 4, 2)
         texture = np.tile(np.roll(PATTERNS[pattern], shift, (0, 1)), (TILE, TILE)) * 2.0 - 1
-        canvas[y1:y2, x1:x2] = np.array(COLORS[color]) + 50 * texture[..., None]
+        canvas[y1:y2, x1:x2] = np.array(COLORS[color]) + contrast * texture[..., None]
     png = io.BytesIO()
     Image.fromarray((canvas + grain).clip(0, 255).astype(np.uint8)).save(png, "PNG")
     return png.getvalue()
 
 
-def make_scenes(count: int, rng: np.random.Generator) -> list[dict]:
+def make_scenes(count: int, rng: np.random.Generator, bare: tuple[int, ...] = (0,)) -> list[dict]:
     """Pictures, each with the place that is asked about; asked places, patterns and colours are balanced.
 
-    The four patterns of a picture differ, so a look at the wrong tile gives a wrong answer.
+    The four patterns of a picture differ, so a look at the wrong tile gives a wrong answer. `bare` says how many of the
+    other tiles are left out; several numbers take turns at random.
     """
     colors, patterns = list(COLORS), list(PATTERNS)
     asked_colors = rng.permutation(np.arange(count) % len(colors))
@@ -118,7 +126,9 @@ def make_scenes(count: int, rng: np.random.Generator) -> list[dict]:
         here_colors.insert(place, color)
         here_patterns.insert(place, pattern)
         names = [colors[c] for c in here_colors], [patterns[p] for p in here_patterns]
-        scenes.append(dict(place=place, colors=names[0], patterns=names[1], png=draw_picture(*names, rng)))
+        others = rng.permutation([p for p in range(len(PLACES)) if p != place])
+        png = draw_picture(*names, set(others[: rng.choice(bare)].tolist()), rng)
+        scenes.append(dict(place=place, colors=names[0], patterns=names[1], png=png))
     return [scenes[i] for i in rng.permutation(count)]
 
 
@@ -145,10 +155,10 @@ def make_row(kind: str, scene: dict) -> dict:
     }
 
 
-def tool_turn(color: str, box: list[int]) -> str:
-    """The assistant's turn that looks at a box."""
+def tool_turn(color: str, place: str, box: list[int]) -> str:
+    """The assistant's turn that thinks of a tile and looks at a box."""
     call = json.dumps({"name": "image_zoom_in_tool", "arguments": {"bbox_2d": box, "label": color}})
-    return f"<think>{color}</think><tool_call>\n{call}\n</tool_call>"
+    return f"<think>{color} {place}</think><tool_call>\n{call}\n</tool_call>"
 
 
 def answer_turn(answer: str, thought: str = "") -> str:
@@ -161,18 +171,19 @@ def make_script(kind: str, scene: dict, rng: np.random.Generator) -> list[str]:
     place = scene["place"]
     color = scene["colors"][place]
     if kind == "place":
-        return [answer_turn(PLACES[place], color)]
+        return [answer_turn(PLACES[place], f"{color} {PLACES[place]}")]
     if kind == "direct":
         return [answer_turn(scene["patterns"][place])]
     seen = place ^ int(rng.choice(4, p=LOOKS))  # places differ by 1 sideways, by 2 up and down
-    return [tool_turn(color, shown_box(seen)), answer_turn(scene["patterns"][seen])]
+    return [tool_turn(color, PLACES[place], shown_box(seen)), answer_turn(scene["patterns"][seen])]
 
 
 def make_split(split: str, counts: dict[str, int], rng: np.random.Generator) -> list[dict]:
     """The rows of one file, in random order."""
     rows = []
     for kind, count in counts.items():
-        for scene in make_scenes(count, rng):
+        bare = (0, 1, 2, 3) if split == "warmup" and kind == "place" else (0,)
+        for scene in make_scenes(count, rng, bare):
             rows.append(make_row(kind, scene))
             if split == "warmup":
                 rows[-1]["script"] = make_script(kind, scene, rng)
@@ -180,6 +191,7 @@ def make_split(split: str, counts: dict[str, int], rng: np.random.Generator) -> 
 
 
 def number(rows: list[dict], split: str) -> list[dict]:
+    """The same rows, each now with its split and its index in it."""
     for index, row in enumerate(rows):
         row["extra_info"].update(index=index, split=split)
     return rows
@@ -188,19 +200,21 @@ def number(rows: list[dict], split: str) -> list[dict]:
 def vocabulary_texts() -> list[str]:
     """Everything that is said in the task, for the tokenizer to learn as whole words."""
     texts = ["system\n", "user\n", "assistant\n", TOOL_SYSTEM, PLAIN_SYSTEM, *PLACES, *PATTERNS, *COLORS]
-    for color in COLORS:
-        texts += [PATTERN_QUESTION.format(color), PLACE_QUESTION.format(color), tool_turn(color, shown_box(0))]
-    return texts
+    texts += [question.format(color) for color in COLORS for question in (PATTERN_QUESTION, PLACE_QUESTION)]
+    return texts + [tool_turn(color, place, shown_box(0)) for color in COLORS for place in PLACES]
 
 
 # ---------------------------------------------------------------- files
 def write_rows(path: Path, rows: list[dict]) -> None:
+    """One parquet file, in groups of rows small enough to read one at a time."""
     schema = WARMUP_SCHEMA if "script" in rows[0] else SCHEMA
     pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=256, compression="none")
 
 
 def write_all(folder: Path, seed: int) -> None:
     """Write model and data below a folder that exists and is empty."""
+    from tiny_model import write_model  # late: importing torch takes seconds, and often there is nothing to write
+
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)]
     write_model(folder / "model", vocabulary_texts(), seed)
     write_rows(folder / "warmup.parquet", make_split("warmup", WARMUP_ROWS, streams[0]))

@@ -1,0 +1,148 @@
+"""The language model of Qwen2.5-VL from Megatron-Core's GPT parts, one pipeline stage of it, with the vision tower.
+
+The only file that chooses between Transformer Engine layers (GPU) and local ones (CPU).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_agent.models.attention import packed_attention
+from megatron_agent.models.base import StageSpec
+from megatron_agent.models.qwen2_5_vl.vision import VisionConfig, VisionTower
+from megatron_agent.types import MicroBatch
+
+
+class PackedCoreAttention(MegatronModule):
+    """Core attention of the local spec on packed rows [T, heads, head_dim]; Transformer Engine does the same on GPUs."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type, attention_dropout=None,
+        softmax_scale=None, cp_comm_type=None, pg_collection=None,
+    ) -> None:  # fmt: skip
+        super().__init__(config=config)
+        self.scale = softmax_scale
+
+    def forward(self, q, k, v, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        return packed_attention(q, k, v, bounds, causal=True, scale=self.scale).flatten(1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return {}
+
+
+class LocalRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm of the local spec; Megatron's own wrapper refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # finalize_model_grads sums it over the TP ranks
+
+
+def block_spec(config: TransformerConfig, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
+    if torch.cuda.is_available():
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    spec.submodules.input_layernorm = LocalRMSNorm
+    spec.submodules.pre_mlp_layernorm = LocalRMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LocalRMSNorm)
+
+
+class Qwen2_5_VLStage(MegatronModule):
+    """One pipeline stage. forward(batch) -> hidden states [T, 1, h], or on the last stage the logits [R, V / tp] of the
+    targets only (a prompt's and an observation's positions never meet the vocabulary)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        stage: StageSpec,
+        vision: VisionConfig | None,
+        image_token_id: int,
+        padded_vocab_size: int,
+        rope_theta: float,
+        max_positions: int,
+        tied: bool,
+    ) -> None:
+        super().__init__(config=config)
+        self.pre_process, self.post_process = stage.is_first, stage.is_last
+        self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
+        self.share_embeddings_and_output_weights = tied
+        self.image_token_id = image_token_id
+        if stage.is_first and vision is not None:
+            self.visual = VisionTower(vision).to(config.params_dtype)
+        self.language = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, stage.last_layer - stage.first_layer),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=max_positions,
+            pre_process=stage.is_first,
+            post_process=stage.is_last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type="mrope",
+            rotary_base=rope_theta,
+        )
+
+    def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        return self.language.shared_embedding_or_output_weight()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        state = self.language.sharded_state_dict(f"{prefix}language.", sharded_offsets, metadata)
+        if hasattr(self, "visual"):
+            state.update(replicated_sharded_state_dict(self.visual, f"{prefix}visual."))
+        return state
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        language = self.language
+        hidden = self._embed(batch) if self.pre_process else None  # else: the tensor of the stage before
+        positions = batch.position_ids_3T[:, None]
+        hidden = language.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=language.rotary_pos_emb(positions, self.config.mrope_section),
+            packed_seq_params=packed_seq_params(batch.cu_seqlens),
+        )
+        if not self.post_process:
+            return hidden
+        weight = language.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        targets = hidden[batch.target_positions_R]
+        logits, _ = language.output_layer(targets, weight=weight)
+        return logits[:, 0]
+
+    def _embed(self, batch: MicroBatch) -> torch.Tensor:
+        hidden = self.language.embedding(input_ids=batch.token_ids_T[None], position_ids=None)
+        if batch.patches_NP is None or batch.grids_I3 is None:
+            return hidden
+        features = self.visual(batch.patches_NP, tuple(map(tuple, batch.grids_I3.tolist())))
+        index = (batch.token_ids_T == self.image_token_id).nonzero()[:, 0]
+        if len(index) != len(features):
+            raise ValueError(f"the row has {len(index)} image tokens, the pictures {len(features)} features")
+        return hidden.index_copy(0, index, features.to(hidden.dtype)[:, None])
+
+
+def packed_seq_params(cu_seqlens: torch.Tensor) -> PackedSeqParams:
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def replicated_sharded_state_dict(module: torch.nn.Module, prefix: str) -> dict:
+    """State of a module that every TP and DP rank holds whole, for dist_checkpointing (one replica writes)."""
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    return make_sharded_tensors_for_checkpoint(module.state_dict(prefix="", keep_vars=True), prefix)

@@ -1,0 +1,240 @@
+"""One episode, token in and token out: the model writes, its tool acts, the observation is appended, until it ends.
+
+The row only ever grows, by the ids that were generated and by the ids of observations. Nothing generated is turned into
+text and back, so the trainer gets the very tokens and pictures that vLLM was conditioned on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_agent.errors import ConfigError, DataError, EnvError
+from megatron_agent.rollout.engine import Generation, Sampling
+from megatron_agent.types import ImageRef, Message, Status, Task, ToolCall, Trajectory, Turn
+
+if TYPE_CHECKING:
+    from megatron_agent.envs.base import EnvSession, StepResult
+    from megatron_agent.models.renderer import ChatRenderer
+
+logger = logging.getLogger(__name__)
+
+MIN_TURN_TOKENS = 4  # a turn with less room than this cannot say anything
+
+
+class Generate(Protocol):
+    """(row, images, sampling) -> one turn; an engine, the pool, or a script."""
+
+    def __call__(self, row: list[int], images: list[ImageRef], sampling: Sampling, /) -> Awaitable[Generation]: ...
+
+
+@dataclass
+class AgentConfig:
+    """How an episode goes; the names are DeepEyes', so its configurations read here.
+
+    `tool_name_key` is the dataset column that names the tool, `tool_meta_key` the column with what the tool is told.
+    `concurrent_workers` bounds the tools that run at once, `tool_timeout_s` each of them.
+    """
+
+    activate_agent: bool = True
+    single_response_max_tokens: int = 512
+    max_turns: int = 5
+    concurrent_workers: int = 4
+    tool_name_key: str = "env_name"
+    tool_meta_key: str = "extra_info"
+    custom_stop: list[str] = field(default_factory=list)
+    show_tqdm: bool = False
+    vl_model_path: str = ""  # where the tokenizer is; empty: model.path
+    max_vllm_images: int = 8
+    max_vllm_videos: int = 0
+    tool_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("single_response_max_tokens", "max_turns", "concurrent_workers", "max_vllm_images"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"agent.{name}={getattr(self, name)} must be 1 or more")
+        if self.max_vllm_videos != 0:
+            raise ConfigError(f"agent.max_vllm_videos={self.max_vllm_videos}: videos are not supported; leave it at 0")
+        if self.tool_timeout_s <= 0:
+            raise ConfigError(f"agent.tool_timeout_s={self.tool_timeout_s} must be above 0 seconds")
+        if not self.tool_name_key:
+            raise ConfigError("agent.tool_name_key is empty; name the dataset column that holds the tool's name")
+        if any(not stop for stop in self.custom_stop):
+            raise ConfigError("agent.custom_stop holds an empty string, which would end every turn at once")
+
+
+async def run_episode(
+    task: Task,
+    sample_index: int,
+    generate: Generate,
+    renderer: ChatRenderer,
+    env_factory: Callable[[Task], EnvSession | None],
+    agent: AgentConfig,
+    sampling: Sampling,
+    max_model_len: int,
+    tool_pool: Executor | None = None,
+) -> Trajectory:
+    """One rollout of `task`; it always comes back with a typed status, whatever the model or its tool does.
+
+    waits for: `generate` (an engine), the tool (in `tool_pool`, at most `agent.tool_timeout_s`).
+    unblocked by: the end of the turn, the tool's answer or its deadline.
+    produces: a Trajectory without reward. `sampling.max_tokens` and `stop` are set here, turn by turn.
+    Raises DataError for a task whose pictures and messages do not match, EngineError when no engine is left.
+    """
+    episode = _Episode(task, sample_index, generate, renderer, agent, sampling, max_model_len, tool_pool)
+    return await episode.run(env_factory)
+
+
+@dataclass
+class _Episode:
+    """The state of one episode: the row so far and its pictures."""
+
+    task: Task
+    sample_index: int
+    generate: Generate
+    renderer: ChatRenderer
+    agent: AgentConfig
+    sampling: Sampling
+    max_model_len: int
+    tool_pool: Executor | None
+    late_call: asyncio.Future | None = None
+
+    async def run(self, env_factory: Callable[[Task], EnvSession | None]) -> Trajectory:
+        start_s = time.perf_counter()
+        session = env_factory(self.task) if self.agent.activate_agent and self.task.env_name else None
+        if session is not None:
+            await self._in_pool(functools.partial(session.reset, self.task))
+        prompt = self.renderer.prompt(self.task.messages, self.task.images)
+        trajectory = Trajectory(self.task, self.sample_index, list(prompt))
+        self.row, self.images = prompt, list(self.task.images)
+        trajectory.status = await self._turns(trajectory, session)
+        trajectory.seconds = time.perf_counter() - start_s
+        return trajectory
+
+    async def _turns(self, trajectory: Trajectory, session: EnvSession | None) -> Status:
+        last_turn = self.agent.max_turns - 1 if session is not None else 0
+        for turn_index in range(last_turn + 1):
+            room_tokens = self.max_model_len - len(self.row)
+            if room_tokens < MIN_TURN_TOKENS or len(self.images) > self.agent.max_vllm_images:
+                return Status.CONTEXT_FULL
+            max_tokens = min(self.agent.single_response_max_tokens, room_tokens)
+            stop = tuple(self.agent.custom_stop)
+            sampling = replace(self.sampling, max_tokens=max_tokens, stop=stop)
+            turn, ended = self._turn_of(await self.generate(self.row, self.images, sampling))
+            trajectory.turns.append(turn)
+            self.row = self.row + turn.token_ids  # a new list: the engine may still hold the old one
+            if ended is Status.LENGTH and max_tokens == room_tokens < self.agent.single_response_max_tokens:
+                return Status.CONTEXT_FULL
+            if ended is not None:
+                return ended
+            if session is None:
+                return Status.ANSWERED
+            result = await self._step(session, turn.text)
+            turn.tool_reward, turn.tool_call = result.reward, result.tool_call
+            if result.done:
+                return Status.ANSWERED
+            if turn_index == last_turn:
+                return Status.MAX_TURNS
+            if not self._observe(turn, result):
+                return Status.CONTEXT_FULL
+        raise AssertionError("unreachable: the last turn always returns")
+
+    def _turn_of(self, generation: Generation) -> tuple[Turn, Status | None]:
+        """The turn, and how the episode ends with it if it does.
+
+        A placeholder that the model wrote is cut off with all behind it: the row has no picture for it, so neither vLLM
+        nor the trainer could read on.
+        """
+        token_ids, stop_reason, ended = list(generation.token_ids), generation.stop_reason, None
+        if stop_reason == "aborted":
+            ended = Status.ABORTED
+        elif stop_reason == "length":
+            ended = Status.LENGTH
+        forbidden = self.renderer.forbidden_ids
+        cut = next((index for index, token_id in enumerate(token_ids) if token_id in forbidden), None)
+        if cut is not None:
+            del token_ids[cut:]
+            ended, stop_reason = Status.EMITTED_PLACEHOLDER, "placeholder"
+        kept = len(token_ids)
+        logprobs, versions = generation.logprobs[:kept], generation.weight_versions[:kept]
+        return Turn(token_ids, logprobs, versions, self.renderer.decode(token_ids), stop_reason), ended
+
+    async def _step(self, session: EnvSession, action_text: str) -> StepResult:
+        """The session turns whatever the tool does into a result; only the deadline is kept here.
+
+        A thread cannot be stopped: while a tool that passed its deadline still runs, its session takes no other call.
+        """
+        from megatron_agent.envs.base import failed_step
+
+        if self.late_call is not None and not self.late_call.done():
+            return failed_step(self.task.env_name, EnvError("the tool is still busy with an earlier call"))
+        session.image_refs[:] = self.images  # a late or unshown answer may have left pictures that the model never saw
+        call = asyncio.ensure_future(self._in_pool(functools.partial(session.step, action_text)))
+        done, _ = await asyncio.wait({call}, timeout=self.agent.tool_timeout_s)
+        if done:
+            return call.result()
+        self.late_call = call
+        logger.warning("tool %s passed its deadline on task %s", self.task.env_name, self.task.task_id)
+        failed = failed_step(self.task.env_name, EnvError(f"the tool did not answer within {self.agent.tool_timeout_s:g} s"))
+        assert failed.tool_call is not None
+        return replace(failed, tool_call=replace(failed.tool_call, seconds=self.agent.tool_timeout_s))
+
+    def _observe(self, turn: Turn, result: StepResult) -> bool:
+        """Append the observation to the row; False when it does not fit (then nothing is appended)."""
+        if result.observation is None:
+            return True
+        images, text = list(result.observation.images), result.observation.text
+        try:
+            token_ids = self._observation_ids(turn, result, images)
+        except DataError as error:
+            # The tool echoed what only the framework may write (a forged picture token); the model is told so.
+            images, text = [], "Error: the tool's answer holds tokens that stand for pictures and cannot be shown"
+            message: Message = {"role": "tool", "content": text}
+            token_ids = self.renderer.observation([message], [], self._ended_by_eos(turn))
+            call = turn.tool_call or ToolCall(name=self.task.env_name, ok=False)
+            turn.tool_call = replace(call, ok=False, error=str(error))
+        full = len(self.row) + len(token_ids) + MIN_TURN_TOKENS > self.max_model_len
+        if full or len(self.images) + len(images) > self.agent.max_vllm_images:
+            return False
+        turn.observation_token_ids, turn.observation_images, turn.observation_text = token_ids, images, text
+        self.row = self.row + token_ids
+        self.images = [*self.images, *images]
+        return True
+
+    def _observation_ids(self, turn: Turn, result: StepResult, images: Sequence[ImageRef]) -> list[int]:
+        if result.rendered_text is not None:
+            return self.renderer.verbatim(result.rendered_text, images)
+        assert result.observation is not None
+        return self.renderer.observation(result.observation.messages, images, self._ended_by_eos(turn))
+
+    def _ended_by_eos(self, turn: Turn) -> bool:
+        return bool(turn.token_ids) and turn.token_ids[-1] == self.renderer.end_of_turn_id
+
+    def _in_pool(self, call: Callable) -> Awaitable:
+        return asyncio.get_running_loop().run_in_executor(self.tool_pool, call)
+
+
+def scripted_generate(script: tuple[str, ...], renderer: ChatRenderer) -> Generate:
+    """A policy that says `script`, one string per turn, ended as the model ends its turns; log-probs are 0.
+
+    With it the supervised warm start walks through the same loop, tools and masks as a rollout. A turn that asks for more
+    than its token budget comes back cut, as the model's would. Raises DataError when the episode outlasts the script.
+    """
+    turns = iter(script)
+
+    async def generate(row: list[int], images: list[ImageRef], sampling: Sampling, /) -> Generation:
+        text = next(turns, None)
+        if text is None:
+            raise DataError(f"the script has {len(script)} turns and its episode goes on; its last turn must answer")
+        whole = [*renderer.encode(text), renderer.end_of_turn_id]
+        token_ids = whole[: sampling.max_tokens]
+        reason = "stop" if len(token_ids) == len(whole) else "length"
+        return Generation(token_ids, [0.0] * len(token_ids), [0] * len(token_ids), reason)
+
+    return generate

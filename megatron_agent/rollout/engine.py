@@ -1,0 +1,333 @@
+"""One vLLM engine: token rows and pictures in, tokens with log-probs and weight versions out; new weights in between.
+
+`Engine` is a plain class; `cluster.py` makes a Ray actor of it. vLLM runs its scheduler and model in a child process of
+that actor, so preparing requests and stepping the model overlap. The configuration part imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_agent.errors import ConfigError, EngineError, WeightSyncError
+from megatron_agent.types import ImageRef
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from megatron_agent.data.images import ImageStore
+
+logger = logging.getLogger(__name__)
+
+RECEIVER_MODULE = "megatron_agent.weights.receiver"
+KV_BLOCK_TOKENS = 32  # the prefix cache shares whole blocks only; vLLM's 128 on CPU exceeds many a prompt
+WORKER_EXTENSION = "megatron_agent.rollout.worker_extension.WorkerExtension"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CACHE_MISS_ATTEMPTS = 3  # a sync that clears vLLM's picture caches can overtake a request that was already prepared
+BANNED_LOGIT_BIAS = -100.0  # the largest that vLLM takes; e^-100 is never sampled
+
+
+@dataclass
+class RolloutConfig:
+    """Engines and how they sample. Sizes are tokens; `gpu_memory_utilization` is a share of the device (GPU only).
+
+    `ban_special_tokens` keeps the model from writing image placeholders at all. Off by default: the trainer's log-probs
+    know nothing of the ban, and a trajectory that ends with such a token has a status of its own.
+    """
+
+    num_engines: int = 1
+    tensor_parallel: int = 1
+    group_size: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    max_model_len: int = 2048
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 4096
+    dtype: str = "float32"
+    gpu_memory_utilization: float = 0.6
+    cpu_kvcache_gib: int = 1
+    num_cpu_threads: int = 1
+    enforce_eager: bool = True
+    ban_special_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        counts = ("num_engines", "tensor_parallel", "group_size", "max_num_seqs", "cpu_kvcache_gib", "num_cpu_threads")
+        for name in counts:
+            _require(getattr(self, name) >= 1, f"rollout.{name}={getattr(self, name)} must be 1 or more")
+        _require(self.max_model_len >= 16, f"rollout.max_model_len={self.max_model_len} must be 16 tokens or more")
+        _require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"rollout.max_num_batched_tokens={self.max_num_batched_tokens} must be at least rollout.max_num_seqs="
+            f"{self.max_num_seqs}: every running sequence needs a token of each step",
+        )
+        _require(self.temperature >= 0, f"rollout.temperature={self.temperature} must be 0 (greedy) or more")
+        _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be above 0 and at most 1 (1: off)")
+        _require(self.top_k >= 0, f"rollout.top_k={self.top_k} must be 0 (off) or more")
+        _require(self.dtype in DTYPES, f"rollout.dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must be above 0 and at most 1")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one turn is sampled; `max_tokens` bounds it, `stop` are strings that end it (and stay in it)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    banned_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One turn as it was sampled: three lists of equal length, and why it ended ("stop", "length", "aborted").
+
+    `logprobs` are natural, under the distribution that was sampled from (after temperature, top-p and top-k);
+    `weight_versions` says which weights made each token, 0 being those of the checkpoint.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    weight_versions: list[int]
+    stop_reason: str
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
+    """Where two rows part, in words."""
+    for index, (left, right) in enumerate(itertools.zip_longest(ours, theirs)):
+        if left != right:
+            return f"at token {index}: {left} in our row, {right} in vLLM's (lengths {len(ours)} and {len(theirs)})"
+    return "nowhere"
+
+
+def versions_of(output: Any, num_tokens: int) -> list[int]:
+    """vLLM's spans of weight versions -> one int per token ("default", the checkpoint as loaded, is 0)."""
+    versions = [0] * num_tokens
+    for span in output.weight_versions or ():
+        version = 0 if span.version == "default" else int(span.version)
+        versions[span.start : span.end] = [version] * (span.end - span.start)
+    return versions
+
+
+class Engine:
+    """One AsyncLLM with prefix and picture caches on. All calls are made on the event loop that first calls `generate`.
+
+    consumes: token rows, ImageRefs that `store` can open, weights from the receiver in the worker processes.
+    waits for: vLLM's child process, in every coroutine here.
+    unblocked by: the end of the turn (`generate`), the last shard received (`sync_weights`).
+    produces: Generations; weight versions that later Generations are stamped with.
+
+    `weight_transfer` names the receiver's backend; empty for an engine that keeps its checkpoint (evaluation).
+    Raises EngineError when vLLM does not start.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        store: ImageStore,
+        max_images: int = 8,
+        seed: int = 0,
+        weight_transfer: str = "megatron_agent",
+        worker_extension: str = WORKER_EXTENSION,
+    ) -> None:
+        from transformers import AutoConfig
+
+        self.model_path, self.config, self.store = model_path, config, store
+        self.image_pad_id = int(AutoConfig.from_pretrained(model_path).image_token_id)
+        self._request_ids = itertools.count()
+        self._num_requests = self._num_tokens = self._num_prompt_tokens = self._num_cached_tokens = 0
+        self._seed, self._max_images = seed, max_images
+        self._weight_transfer, self._worker_extension = weight_transfer, worker_extension
+        if weight_transfer == "megatron_agent":
+            importlib.import_module(RECEIVER_MODULE).register()
+        self.llm: AsyncLLM = self._start()
+
+    def _start(self) -> AsyncLLM:
+        set_environment(self.config)
+        from vllm import AsyncEngineArgs
+        from vllm.config import WeightTransferConfig
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        config = self.config
+        transfer: dict[str, Any] = {}
+        if self._weight_transfer:
+            transfer["weight_transfer_config"] = WeightTransferConfig(backend=self._weight_transfer)
+            transfer["worker_extension_cls"] = self._worker_extension
+        try:
+            return AsyncLLM.from_engine_args(
+                AsyncEngineArgs(
+                    model=self.model_path,
+                    dtype=config.dtype,
+                    seed=self._seed,
+                    tensor_parallel_size=config.tensor_parallel,
+                    max_model_len=config.max_model_len,
+                    max_num_seqs=config.max_num_seqs,
+                    max_num_batched_tokens=config.max_num_batched_tokens,
+                    gpu_memory_utilization=config.gpu_memory_utilization,
+                    enforce_eager=config.enforce_eager,
+                    enable_prefix_caching=True,
+                    block_size=KV_BLOCK_TOKENS,
+                    limit_mm_per_prompt={"image": self._max_images, "video": 0},
+                    logprobs_mode="processed_logprobs",
+                    disable_log_stats=True,
+                    **transfer,
+                )
+            )
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(f"vLLM did not start with {self.model_path}: {error}") from error
+
+    async def generate(self, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
+        """Sample one turn behind `row` (one image token per merged patch; `images` in row order).
+
+        Raises EngineError when vLLM refuses the request, or when it expands the pictures into another row than `row`:
+        the trainer would then train on tokens that the model never saw.
+        """
+        prompt: dict[str, Any] = {"prompt_token_ids": _collapse(row, self.image_pad_id)}
+        if images:
+            prompt["multi_modal_data"] = {"image": [self.store.picture(ref) for ref in images]}
+            prompt["multi_modal_uuids"] = {"image": [ref.key for ref in images]}
+        for _ in range(CACHE_MISS_ATTEMPTS):
+            final = await self._request(prompt, self._parameters(sampling))
+            if final.outputs[0].finish_reason != "error":
+                break
+        else:
+            raise EngineError("vLLM lost the pictures of a request three times; see its log")
+        if final.prompt_token_ids != row:
+            raise EngineError(
+                f"vLLM expanded the prompt to another row, {first_difference(row, final.prompt_token_ids or [])}; "
+                f"pictures must have sides that its processor keeps (multiples of 28 px, within its pixel limits)"
+            )
+        return self._finished(final)
+
+    async def _request(self, prompt: dict[str, Any], parameters: SamplingParams) -> RequestOutput:
+        final: RequestOutput | None = None
+        try:
+            async for output in self.llm.generate(prompt, parameters, request_id=str(next(self._request_ids))):  # type: ignore[arg-type]
+                final = output
+        except Exception as error:  # noqa: BLE001 - vLLM's errors have no common root and do not all unpickle in the driver
+            raise EngineError(f"vLLM failed on a request of {len(prompt['prompt_token_ids'])} tokens: {error!r}") from None
+        if final is None:
+            raise EngineError("vLLM ended a request without any output")
+        return final
+
+    def _finished(self, final: RequestOutput) -> Generation:
+        output = final.outputs[0]
+        token_ids = list(output.token_ids)
+        logprobs = [
+            position[token_id].logprob for token_id, position in zip(token_ids, output.logprobs or (), strict=True)
+        ]
+        self._num_requests += 1
+        self._num_tokens += len(token_ids)
+        self._num_prompt_tokens += len(final.prompt_token_ids or ())
+        self._num_cached_tokens += final.num_cached_tokens or 0
+        reason = output.finish_reason if output.finish_reason in ("stop", "length") else "aborted"
+        return Generation(token_ids, logprobs, versions_of(output, len(token_ids)), str(reason))
+
+    def _parameters(self, sampling: Sampling) -> SamplingParams:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop) or None,
+            seed=sampling.seed,
+            logprobs=0,
+            detokenize=bool(sampling.stop),  # text is only needed to find stop strings
+            include_stop_str_in_output=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            logit_bias={token_id: BANNED_LOGIT_BIAS for token_id in sampling.banned_token_ids} or None,
+            skip_clone=True,
+        )
+
+    async def init_weight_transfer(self, info: dict[str, Any]) -> None:
+        """Give the receivers in the worker processes what they need to meet the senders."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def sync_weights(self, update: dict[str, Any], version: int) -> None:
+        """Replace the weights by what the receivers get for `update`; tokens from now on carry `version`.
+
+        waits for: the running step, then the receivers. Requests in flight stay queued and go on afterwards; what they had
+        computed under the old weights is computed anew, so that every new token follows from the new weights alone.
+        Raises WeightSyncError and leaves the engine paused: nothing may be sampled from weights that are half old.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        try:
+            await self.llm.pause_generation(mode="keep", clear_cache=False)
+            await self.llm.start_weight_update()
+            await self.llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+            await self.llm.finish_weight_update(weight_version=str(version))
+            await self.llm.reset_prefix_cache(reset_running_requests=True)
+            # Pictures stay encoded by the old vision tower unless these go too.
+            await self.llm.reset_mm_cache()
+            await self.llm.reset_encoder_cache()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the weights are not known to be whole
+            raise WeightSyncError(f"weights of version {version} did not arrive: {error!r}; generation stays paused") from None
+        await self.llm.resume_generation()
+
+    async def describe(self) -> list[dict[str, tuple[int, ...]]]:
+        """Parameter name -> shape of every worker, as vLLM holds them (needs the worker extension)."""
+        return await self.llm.collective_rpc("describe_parameters")
+
+    async def checksums(self) -> list[dict[str, str]]:
+        """Checksum of every parameter, per worker."""
+        return await self.llm.compute_weight_checksums()
+
+    async def stats(self) -> dict[str, float]:
+        """Counts since the start, and the share of prompt tokens that the prefix cache had."""
+        return {
+            "num_requests": float(self._num_requests),
+            "num_generated_tokens": float(self._num_tokens),
+            "num_prompt_tokens": float(self._num_prompt_tokens),
+            "prefix_cache_hit_rate": self._num_cached_tokens / max(1, self._num_prompt_tokens),
+        }
+
+    def shutdown(self) -> None:
+        """Stop vLLM's processes; the engine is of no use afterwards."""
+        self.llm.shutdown()
+
+
+def set_environment(config: RolloutConfig) -> None:
+    """What vLLM reads from the environment of this process and its children. On a GPU nearly nothing."""
+    import torch
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if torch.cuda.is_available():
+        return
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kvcache_gib)
+    # The model then runs in the scheduler's process: one process less to feed and to wake.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Trainer ranks share the cores: no thread may own one, nor spin while it waits.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ["OMP_NUM_THREADS"] = str(config.num_cpu_threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if config.enforce_eager:
+        # Even eager vLLM compiles one little function (ranks of log-probs), for seconds, within the first request.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def _collapse(row: Sequence[int], image_pad_id: int) -> list[int]:
+    from megatron_agent.models.renderer import collapse_runs
+
+    return collapse_runs(row, image_pad_id)

@@ -1,0 +1,106 @@
+"""Which engine serves which trajectory: the one with the least work in flight, and from then on always that one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_agent.errors import EngineError
+from megatron_agent.rollout.engine import Generation, Sampling
+from megatron_agent.types import ImageRef
+
+logger = logging.getLogger(__name__)
+
+MAX_REMEMBERED = 1 << 16  # trajectories; an evicted one only loses its prefix cache
+
+
+class EnginePool:
+    """Ray handles of `Engine` actors. Turns of a trajectory go to one engine, whose prefix cache knows its row.
+
+    consumes: requests of all episodes. waits for: the engine asked. unblocked by: its answer, or its death (the request
+    then goes to another engine, with the whole row). produces: Generations.
+    """
+
+    def __init__(self, handles: Sequence[Any]) -> None:
+        if not handles:
+            raise EngineError("an engine pool needs at least one engine")
+        self._handles = dict(enumerate(handles))
+        self._tokens_in_flight = dict.fromkeys(self._handles, 0)
+        self._engine_of: OrderedDict[str, int] = OrderedDict()
+
+    @property
+    def handles(self) -> list[Any]:
+        """Those that are alive, as far as the pool has seen."""
+        return list(self._handles.values())
+
+    def engine_for(self, trajectory_id: str) -> int:
+        """Index of the engine that serves this trajectory. Raises EngineError when none is left."""
+        index = self._engine_of.get(trajectory_id)
+        if index is None or index not in self._handles:
+            if not self._handles:
+                raise EngineError("every rollout engine has died")
+            index = min(self._handles, key=lambda i: (self._tokens_in_flight[i], i))
+            self._engine_of[trajectory_id] = index
+            if len(self._engine_of) > MAX_REMEMBERED:
+                self._engine_of.popitem(last=False)
+        return index
+
+    async def generate(
+        self, trajectory_id: str, row: list[int], images: list[ImageRef], sampling: Sampling
+    ) -> Generation:
+        """One turn, on the trajectory's engine or, when that dies, on another one."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        while True:
+            index = self.engine_for(trajectory_id)
+            cost_tokens = len(row) + sampling.max_tokens
+            self._tokens_in_flight[index] += cost_tokens
+            try:
+                return await self._handles[index].generate.remote(row, images, sampling)
+            except RayActorError as error:
+                logger.error("rollout engine %d died, %d left: %s", index, len(self._handles) - 1, error)
+                self._handles.pop(index, None)
+            except RayTaskError as error:
+                raise error.as_instanceof_cause() from None
+            finally:
+                self._tokens_in_flight[index] -= cost_tokens
+
+    async def sync_weights(self, updates: Sequence[dict[str, Any]], version: int) -> None:
+        """Give every living engine its update (`updates[i]` is engine i's). Raises WeightSyncError when one fails.
+
+        waits for: all engines, also after one has failed, so that none is left in the middle of an update.
+        """
+        calls = [handle.sync_weights.remote(updates[index], version) for index, handle in self._handles.items()]
+        await self._all(calls)
+
+    async def init_weight_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+        """`infos[i]` is what the receivers of engine i need."""
+        await self._all([handle.init_weight_transfer.remote(infos[index]) for index, handle in self._handles.items()])
+
+    async def stats(self) -> dict[str, float]:
+        """Sums over the engines; rates are their means."""
+        stats = await self._all([handle.stats.remote() for handle in self._handles.values()])
+        rates = {name for name in stats[0] if name.endswith("_rate")}
+        return {name: sum(s[name] for s in stats) / (len(stats) if name in rates else 1) for name in stats[0]}
+
+    async def shutdown(self) -> None:
+        """Stop vLLM in every living engine."""
+        await self._all([handle.shutdown.remote() for handle in self._handles.values()])
+
+    async def _all(self, calls: list[Any]) -> list[Any]:
+        from ray.exceptions import RayTaskError
+
+        results = await asyncio.gather(*(_wait(call) for call in calls), return_exceptions=True)
+        for result in results:
+            if isinstance(result, RayTaskError):
+                raise result.as_instanceof_cause() from None
+            if isinstance(result, BaseException):
+                raise result
+        return results
+
+
+async def _wait(call: Any) -> Any:
+    return await call

@@ -1,0 +1,152 @@
+"""Reading Hugging Face shards into a rank's parameters; saving and loading training checkpoints.
+
+A training checkpoint is a folder `step_00000010/` with Megatron's distributed checkpoint (weights, optimizer) and
+`state.json` (step, data order, weight version). It is written under another name and renamed: what bears the final
+name is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_agent.errors import CheckpointError
+from megatron_agent.models.mapping import Piece, as_index
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_agent.training.megatron import MegatronModel
+
+STATE_FILE = "state.json"
+
+
+def weight_files(path: Path) -> dict[str, Path]:
+    """HF tensor name -> the safetensors file that holds it. Raises CheckpointError for unreadable or missing files."""
+    from safetensors import SafetensorError, safe_open
+
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        missing = sorted({str(f) for f in files.values() if not f.is_file()})
+        if missing:
+            raise CheckpointError(f"{path}: the index names files that are not there: {missing[:3]}")
+        return files
+    names: dict[str, Path] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as reader:
+                names.update(dict.fromkeys(reader.keys(), file))
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged or truncated safetensors file: {error}") from error
+    return names
+
+
+def load_hf_shards(module: torch.nn.Module, pieces: list[Piece], path: Path) -> None:
+    """Fill the module's parameters from an HF folder; only the bytes of this rank's boxes are read.
+
+    Raises CheckpointError naming the tensor that is missing, misshapen, or the parameter that nothing fills.
+    """
+    import torch
+    from safetensors import safe_open
+
+    files = weight_files(path)
+    parameters = dict(module.named_parameters())
+    unfilled = set(parameters) - {p.param for p in pieces}
+    if unfilled:
+        raise CheckpointError(f"no weight rule fills parameters {sorted(unfilled)[:3]}")
+    by_file: dict[Path, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        if piece.hf_name not in files:
+            raise CheckpointError(f"{path}: tensor {piece.hf_name!r} is missing")
+        by_file[files[piece.hf_name]].append(piece)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.zero_()  # the vocabulary's padding
+        for file, its_pieces in by_file.items():
+            with safe_open(file, framework="pt") as reader:
+                for piece in its_pieces:
+                    source = reader.get_slice(piece.hf_name)
+                    shape = source.get_shape()
+                    if len(shape) != len(piece.hf_slice) or any(stop > n for (_, stop), n in zip(piece.hf_slice, shape)):
+                        raise CheckpointError(
+                            f"{file}: {piece.hf_name} has shape {list(shape)}, the config calls for at least "
+                            f"{[stop for _, stop in piece.hf_slice]}"
+                        )
+                    parameters[piece.param][as_index(piece.param_slice)].copy_(source[as_index(piece.hf_slice)])
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Folders that bear their final name, oldest first."""
+    return sorted(p for p in root.glob("step_????????") if (p / STATE_FILE).is_file())
+
+
+def begin_checkpoint(root: Path, step: int) -> Path:
+    """An empty folder to write step `step` into, aside from its final name."""
+    aside = root / f".{step_folder(root, step).name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def finish_checkpoint(root: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Give the folder its final name and drop the oldest ones beyond `keep`."""
+    aside, final = root / f".{step_folder(root, step).name}.partial", step_folder(root, step)
+    with open(aside / STATE_FILE, "w") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    folder = os.open(root, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+    for old in complete_checkpoints(root)[:-keep] if keep else []:
+        shutil.rmtree(old)
+    return final
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE_FILE).read_text())
+
+
+def _metadata() -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    # The default sharding type fails on save in megatron-core 0.16.1; this one also loads into another layout.
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+    }
+
+
+def _sharded_state(model: MegatronModel, is_loading: bool) -> dict[str, Any]:
+    metadata = _metadata()
+    weights = model.module.sharded_state_dict(metadata=metadata)
+    return {"model": weights, "optimizer": model.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)}
+
+
+def save_megatron(model: MegatronModel, folder: Path) -> None:
+    """Weights and optimizer of all ranks into `folder` (Megatron dist_checkpointing). Collective."""
+    from megatron.core import dist_checkpointing
+
+    dist_checkpointing.save(_sharded_state(model, is_loading=False), str(folder))
+
+
+def load_megatron(model: MegatronModel, folder: Path) -> None:
+    """The inverse of `save_megatron`, into this layout. Collective."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    with torch.no_grad():
+        state = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(folder))
+        model.module.load_state_dict(state["model"], strict=False)
+        model.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,86 @@
+"""Parallel layout: degrees, their checks, and rank <-> coordinates in Megatron's order (tp fastest, then dp, then pp)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_agent.errors import ConfigError
+from megatron_agent.models.base import StageSpec
+from megatron_agent.models.mapping import Entry, Piece, Replicated, pieces
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism; world_size = tensor x data x pipeline."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name}={getattr(self, name)}: a degree of parallelism is 1 or more")
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    def coordinates(self, rank: int) -> Coordinates:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} outside a world of {self.world_size}")
+        tp = rank % self.tensor_parallel
+        dp = rank // self.tensor_parallel % self.data_parallel
+        return Coordinates(tp, dp, rank // (self.tensor_parallel * self.data_parallel))
+
+    def stage(self, pipeline_rank: int, num_layers: int) -> StageSpec:
+        per_stage = num_layers // self.pipeline_parallel
+        return StageSpec(
+            first_layer=per_stage * pipeline_rank,
+            last_layer=per_stage * (pipeline_rank + 1),
+            is_first=pipeline_rank == 0,
+            is_last=pipeline_rank == self.pipeline_parallel - 1,
+        )
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where one rank sits on each axis."""
+
+    tensor: int
+    data: int
+    pipeline: int
+
+
+def holds(entry: Entry, stage: StageSpec) -> bool:
+    if entry.stage == "first":
+        return stage.is_first
+    if entry.stage == "last":
+        return stage.is_last
+    return stage.first_layer <= int(entry.stage) < stage.last_layer
+
+
+def megatron_pieces(table: list[Entry], layout: Layout, num_layers: int, rank: int) -> list[Piece]:
+    """What HF box every local parameter of a training rank holds; layers numbered from 0 in each stage."""
+    at = layout.coordinates(rank)
+    stage = layout.stage(at.pipeline, num_layers)
+    rows = []
+    for e in table:
+        if not holds(e, stage):
+            continue
+        param = e.param
+        if isinstance(e.stage, int):
+            param = param.replace(f".layers.{e.stage}.", f".layers.{e.stage - stage.first_layer}.", 1)
+        rows.append((e.hf_name, e.shape, param, e.rule))
+    return list(dict.fromkeys(pieces(rows, at.tensor, layout.tensor_parallel)))
+
+
+def is_tensor_parallel(piece: Piece, table: list[Entry]) -> bool:
+    """Whether ranks of one tensor-parallel group hold different parts of this parameter."""
+    return any(e.hf_name == piece.hf_name and not isinstance(e.rule, Replicated) for e in table)
+
+
+def vllm_pieces(table: list[Entry], tensor_parallel: int, rank: int) -> list[Piece]:
+    """What HF box every parameter of a vLLM tensor-parallel rank holds."""
+    rows = [(e.hf_name, e.shape, e.vllm_param, e.vllm_rule) for e in table if e.vllm_param is not None]
+    return list(dict.fromkeys(pieces(rows, rank, tensor_parallel)))

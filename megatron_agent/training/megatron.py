@@ -1,0 +1,202 @@
+"""One rank of a Megatron-Core model: process groups, model, DDP, optimizer, and the pipeline schedule around them.
+
+Never `megatron.training`, no global arguments. Written to the API that megatron-core 0.16 to 0.19 share.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from megatron_agent.algorithms.base import Algorithm
+from megatron_agent.errors import TrainingError
+from megatron_agent.models.base import ModelFamily
+from megatron_agent.training import cpu
+from megatron_agent.training.checkpoint import load_hf_shards
+from megatron_agent.training.layout import Layout, is_tensor_parallel, megatron_pieces
+from megatron_agent.training.loss import LossStats, add_gap, microbatch_loss, vocab_parallel_logprobs
+from megatron_agent.training.packing import Pixels, build_microbatch
+from megatron_agent.types import MicroBatch, TrainSample
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class MegatronModel:
+    """The stage of the model that this rank holds. Construct after torch.distributed is initialised; collective."""
+
+    def __init__(self, family: ModelFamily, layout: Layout, dtype: str, sampling_temperature: float, seed: int) -> None:
+        cpu.install()
+        from megatron.core import parallel_state
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        self.family, self.layout, self.temperature = family, layout, sampling_temperature
+        self.rank = dist.get_rank()
+        parallel_state.initialize_model_parallel(layout.tensor_parallel, layout.pipeline_parallel)
+        model_parallel_cuda_manual_seed(seed)
+        self.at = layout.coordinates(self.rank)
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        num_layers: int = family.text.num_layers  # type: ignore[attr-defined]
+        self.stage = layout.stage(self.at.pipeline, num_layers)
+        self.config = family.transformer_config(layout, DTYPES[dtype])
+        # Losses arrive divided by the mini-batch's token count (loss.py): sum over ranks and micro-batches, no averages.
+        self.config.calculate_per_token_loss = True
+        self.config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(model, None, **kwargs)
+        module = family.build(self.config, self.stage)
+        if torch.cuda.is_available():
+            module.cuda(torch.cuda.current_device())
+        table = family.table(layout, torch.cuda.is_available())
+        self.pieces = megatron_pieces(table, layout, num_layers, self.rank)
+        load_hf_shards(module, self.pieces, family.path)
+        mark_tensor_parallel(module, {p.param for p in self.pieces if is_tensor_parallel(p, table)})
+        if dtype == "bfloat16":
+            from megatron.core.transformer.module import Float16Module
+
+            module = Float16Module(self.config, module)
+        self.ddp = DistributedDataParallel(
+            self.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False, overlap_grad_reduce=False
+            ),
+            module,
+        )
+        self.module = module.module if dtype == "bfloat16" else module
+        self.reset_optimizer(lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), clip_grad=1.0)
+
+    def reset_optimizer(self, lr: float, weight_decay: float, betas: tuple[float, float], clip_grad: float) -> None:
+        """A fresh Adam (no moments), as at the start of every training phase."""
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=lr,
+            weight_decay=weight_decay,
+            adam_beta1=betas[0],
+            adam_beta2=betas[1],
+            adam_eps=1e-8,
+            clip_grad=clip_grad,
+            bf16=self.config.bf16,
+            params_dtype=self.config.params_dtype,
+            use_distributed_optimizer=True,
+        )
+        self.optimizer = get_megatron_optimizer(config, [self.ddp], use_gloo_process_groups=not torch.cuda.is_available())
+        self.config.grad_scale_func = self.optimizer.scale_loss
+
+    @property
+    def is_reporter(self) -> bool:
+        """One rank per data-parallel replica holds the losses: last stage, first tensor rank."""
+        return self.stage.is_last and self.at.tensor == 0
+
+    def update(
+        self,
+        samples: list[TrainSample],
+        microbatches: list[list[int]],
+        pixels: Pixels,
+        algorithm: Algorithm,
+        denominator_tokens: int,
+        lr: float,
+    ) -> tuple[LossStats, float]:
+        """One optimizer step on this rank's micro-batches -> (loss statistics, gradient norm). Collective.
+
+        Raises TrainingError when the loss or the gradient is not finite; no parameter has changed then.
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        stats = LossStats()
+        loss = partial(self._loss, algorithm=algorithm, denominator_tokens=denominator_tokens, stats=stats)
+        self._run(samples, microbatches, pixels, loss, forward_only=False)
+        self._refuse_nan(stats)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        ok, grad_norm, _ = self.optimizer.step()
+        if not ok or grad_norm is None or not torch.isfinite(torch.as_tensor(grad_norm)):
+            raise TrainingError(f"rank {self.rank}: gradient norm is {grad_norm}: the step was not taken")
+        return stats, float(grad_norm)
+
+    def logprobs(
+        self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels
+    ) -> tuple[dict[int, list[float]], LossStats]:
+        """Sample index -> log-probs of its action tokens under the current weights (empty but on reporters)."""
+        self.ddp.eval()
+        stats, found = LossStats(), {}
+
+        def collect(logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            logprobs, _ = self._logprobs(logits, batch)
+            add_gap(stats, logprobs, batch)
+            for position, sample in enumerate(batch.sample_ids):
+                found[sample] = logprobs[batch.sample_index_R == position].tolist()
+            return logprobs.sum(), torch.tensor(1, dtype=torch.int), {}
+
+        with torch.no_grad():
+            self._run(samples, microbatches, pixels, collect, forward_only=True)
+        return (found, stats) if self.is_reporter else ({}, LossStats())
+
+    def _logprobs(self, logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        vocab_size: int = self.family.text.vocab_size  # type: ignore[attr-defined]
+        return vocab_parallel_logprobs(
+            logits, batch.target_ids_R, vocab_size, self.temperature, self.at.tensor, self.tp_group
+        )
+
+    def _loss(
+        self, logits: torch.Tensor, batch: MicroBatch, *, algorithm: Algorithm, denominator_tokens: int, stats: LossStats
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        logprobs, entropy = self._logprobs(logits, batch)
+        loss = microbatch_loss(logprobs, entropy, batch, algorithm, denominator_tokens, stats)
+        return loss, torch.tensor(1, dtype=torch.int), {}
+
+    def _run(
+        self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels, loss: Callable, forward_only: bool
+    ) -> None:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        longest = max(sum(samples[i].num_tokens for i in ids) for ids in microbatches)
+        pad_to = longest if self.layout.pipeline_parallel > 1 else 0  # stages exchange tensors of one agreed length
+
+        def batches() -> Iterator[MicroBatch]:
+            for ids in microbatches:
+                yield to_device(build_microbatch(samples, ids, self.family, pixels, pad_to))
+
+        def step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
+            batch = next(iterator)
+            return model(batch), partial(loss, batch=batch)
+
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=batches(),
+            model=[self.ddp],
+            num_microbatches=len(microbatches),
+            seq_length=longest,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _refuse_nan(self, stats: LossStats) -> None:
+        bad = torch.tensor(float(any(v != v or abs(v) == float("inf") for v in stats.sums.values())))
+        if torch.cuda.is_available():
+            bad = bad.cuda()
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)  # all ranks stop together, none waits in the next collective
+        if bad.item():
+            raise TrainingError(f"rank {self.rank}: the loss is not a number ({stats.means()}); the step was not taken")
+
+
+def mark_tensor_parallel(module: torch.nn.Module, names: set[str]) -> None:
+    """Say which parameters are shards: Megatron's gradient norm counts every other one on tensor rank 0 only.
+
+    Megatron marks them while it initialises weights, which is skipped here (perform_initialization=False).
+    """
+    for name, parameter in module.named_parameters():
+        parameter.tensor_model_parallel = name in names
+
+
+def to_device(batch: MicroBatch) -> MicroBatch:
+    if torch.cuda.is_available():
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                setattr(batch, name, value.cuda(non_blocking=True))
+    return batch

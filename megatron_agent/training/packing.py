@@ -1,0 +1,91 @@
+"""Samples -> micro-batches: rows packed to a token budget, balanced over data-parallel ranks; tensors built per rank."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from megatron_agent.models.base import ModelFamily
+from megatron_agent.types import ImageRef, MicroBatch, TrainSample
+
+Pixels = Callable[[ImageRef], np.ndarray]
+
+
+def split_balanced(lengths: Sequence[int], num_parts: int, indices: Sequence[int] | None = None) -> list[list[int]]:
+    """Indices in `num_parts` lists of about equal total length: longest first, to the lightest part (LPT)."""
+    heap = [(0, part) for part in range(num_parts)]
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    for index in sorted(indices if indices is not None else range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, part = heapq.heappop(heap)
+        parts[part].append(index)
+        heapq.heappush(heap, (load + lengths[index], part))
+    return [sorted(part) for part in parts]
+
+
+def plan_microbatches(
+    lengths: Sequence[int], max_tokens: int, num_data_parallel: int, min_microbatches: int = 1
+) -> list[list[list[int]]]:
+    """-> plan[dp rank][micro-batch] = sample indices. Every rank gets the same number of non-empty micro-batches.
+
+    The pipeline schedule and the gradient reduction need equal counts. Raises ValueError when a row alone exceeds
+    `max_tokens`, or when there are fewer rows than ranks.
+    """
+    if max(lengths) > max_tokens:
+        raise ValueError(f"a row of {max(lengths)} tokens exceeds max_tokens_per_microbatch={max_tokens}")
+    if len(lengths) < num_data_parallel:
+        raise ValueError(f"{len(lengths)} rows cannot be spread over {num_data_parallel} data-parallel ranks")
+    ranks = split_balanced(lengths, num_data_parallel)
+    most = min(len(rank) for rank in ranks)
+    count = min(most, max(min_microbatches, *(-(-sum(lengths[i] for i in rank) // max_tokens) for rank in ranks)))
+    while count <= most:
+        plan = [split_balanced(lengths, count, rank) for rank in ranks]
+        if all(sum(lengths[i] for i in batch) <= max_tokens for rank in plan for batch in rank):
+            return plan
+        count += 1
+    # One row a micro-batch on the rank with the fewest rows still leaves another over budget: give that one up to it.
+    raise ValueError(f"rows of {sum(lengths)} tokens cannot be packed into equal counts of {max_tokens}-token micro-batches")
+
+
+def build_microbatch(
+    samples: Sequence[TrainSample], sample_ids: Sequence[int], family: ModelFamily, pixels: Pixels, pad_to: int = 0
+) -> MicroBatch:
+    """Tensors of one packed row. `pad_to` > T appends a segment of padding tokens that no target refers to."""
+    rows = [samples[i] for i in sample_ids]
+    lengths = [row.num_tokens for row in rows]
+    offsets = np.cumsum([0, *lengths])
+    positions = [family.positions(row.token_ids_T, row.images) for row in rows]
+    targets = [np.flatnonzero(np.asarray(row.action_mask_T)) for row in rows]
+    if any(len(t) and t[0] == 0 for t in targets):
+        raise ValueError("the first token of a row cannot be an action: nothing predicts it")
+    tokens = [np.asarray(row.token_ids_T) for row in rows]
+    bounds = list(offsets)
+    if pad_to > offsets[-1]:
+        padding = pad_to - int(offsets[-1])
+        tokens.append(np.zeros(padding, dtype=np.int64))
+        positions.append(np.zeros((3, padding), dtype=np.int64))
+        bounds.append(pad_to)
+    images = [ref for row in rows for ref in row.images]
+    patches = np.concatenate([family.patches(pixels(ref)) for ref in images]) if images else None
+
+    def gather(values: list[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(np.concatenate([np.asarray(v)[t] for v, t in zip(values, targets)]), dtype=dtype)
+
+    old = [row.old_logprobs_T for row in rows]
+    return MicroBatch(
+        token_ids_T=torch.from_numpy(np.concatenate(tokens)),
+        position_ids_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        target_positions_R=torch.from_numpy(np.concatenate([t + o - 1 for t, o in zip(targets, offsets)])),
+        target_ids_R=torch.from_numpy(np.concatenate([token[t] for token, t in zip(tokens, targets)])),
+        sample_index_R=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(t) for t in targets])),
+        advantages_R=gather([row.advantages_T for row in rows], torch.float32),
+        rollout_logprobs_R=gather([row.rollout_logprobs_T for row in rows], torch.float32),
+        old_logprobs_R=None if any(o is None for o in old) else gather([o for o in old if o is not None], torch.float32),
+        after_image_R=gather([row.has_image_before_T for row in rows], torch.bool),
+        patches_NP=None if patches is None else torch.from_numpy(patches),
+        grids_I3=torch.tensor([family.grid(ref) for ref in images], dtype=torch.int64) if images else None,
+        sample_ids=list(sample_ids),
+    )

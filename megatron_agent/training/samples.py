@@ -1,0 +1,45 @@
+"""Trajectories -> rows to train on: the token row as vLLM saw it, a mask over the model's own tokens, advantages."""
+
+from __future__ import annotations
+
+from megatron_agent.algorithms.base import Algorithm
+from megatron_agent.types import RewardParts, TrainSample, Trajectory, TrajectoryGroup
+
+
+def to_sample(trajectory: Trajectory) -> TrainSample:
+    """One row. Prompt and observation tokens carry mask False and zeros; advantages are filled in later."""
+    tokens = list(trajectory.prompt_token_ids)
+    mask = [False] * len(tokens)
+    logprobs = [0.0] * len(tokens)
+    after_image = [False] * len(tokens)
+    saw_tool_image = False
+    for turn in trajectory.turns:
+        for ids, own in ((turn.token_ids, True), (turn.observation_token_ids, False)):
+            tokens += ids
+            mask += [own] * len(ids)
+            logprobs += turn.logprobs if own else [0.0] * len(ids)
+            after_image += [saw_tool_image] * len(ids)
+        saw_tool_image |= bool(turn.observation_images)
+    reward = trajectory.reward
+    return TrainSample(
+        token_ids_T=tokens,
+        action_mask_T=mask,
+        rollout_logprobs_T=logprobs,
+        advantages_T=[0.0] * len(tokens),
+        images=trajectory.images,
+        group_id=trajectory.task.task_id,
+        reward=reward.total + trajectory.process_reward if isinstance(reward, RewardParts) else 0.0,
+        has_image_before_T=after_image,
+    )
+
+
+def to_samples(groups: list[TrajectoryGroup], algorithm: Algorithm) -> list[TrainSample]:
+    """All scored trajectories of the step with their advantages. Unscored ones are left out of their group."""
+    samples = []
+    for index, group in enumerate(groups):
+        for trajectory in group.trajectories:
+            if isinstance(trajectory.reward, RewardParts) and trajectory.num_response_tokens:
+                sample = to_sample(trajectory)
+                sample.group_id = f"{index}/{sample.group_id}"  # a task may be drawn twice in one step
+                samples.append(sample)
+    return [s.with_advantages(a) for s, a in zip(samples, algorithm.advantages(samples))]

@@ -1,0 +1,66 @@
+"""Who sends which slice to whom: a pure function of two sets of pieces (mapping table x layout on either side)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from math import prod
+
+from megatron_agent.errors import WeightSyncError
+from megatron_agent.models.mapping import Piece
+from megatron_agent.types import ShardCopy, Slices
+
+
+def overlap(a: Slices, b: Slices) -> Slices | None:
+    box = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b))
+    return box if all(start < stop for start, stop in box) else None
+
+
+def volume(box: Slices) -> int:
+    return prod(stop - start for start, stop in box)
+
+
+def shifted(box: Slices, origin: Slices, target: Slices) -> Slices:
+    """`box` in the coordinates of `origin`'s tensor -> in those of `target`'s (the two are equal-shaped boxes)."""
+    return tuple((t0 + b0 - o0, t0 + b1 - o0) for (b0, b1), (o0, _), (t0, _) in zip(box, origin, target))
+
+
+def make_plan(sources: Sequence[Sequence[Piece]], targets: Sequence[Sequence[Piece]]) -> list[ShardCopy]:
+    """`sources[rank]`, `targets[rank]`: what every Megatron and every vLLM rank holds -> the copies to make.
+
+    Every element that a vLLM rank holds is sent to it exactly once; where several Megatron ranks hold the same box
+    (data-parallel replicas, replicated weights) the one with the least to send so far is taken. Raises
+    WeightSyncError naming a vLLM parameter that the Megatron side does not fill completely.
+    """
+    holders: dict[str, dict[Slices, list[tuple[int, Piece]]]] = defaultdict(lambda: defaultdict(list))
+    for rank, pieces in enumerate(sources):
+        for piece in pieces:
+            holders[piece.hf_name][piece.hf_slice].append((rank, piece))
+    sent = [0] * len(sources)
+    copies = []
+    for dst_rank, pieces in enumerate(targets):
+        for want in pieces:
+            missing = volume(want.hf_slice)
+            for box, candidates in holders.get(want.hf_name, {}).items():
+                common = overlap(box, want.hf_slice)
+                if common is None:
+                    continue
+                src_rank, have = min(candidates, key=lambda c: (sent[c[0]], c[0]))
+                sent[src_rank] += volume(common)
+                missing -= volume(common)
+                copies.append(
+                    ShardCopy(
+                        src_rank,
+                        have.param,
+                        shifted(common, have.hf_slice, have.param_slice),
+                        dst_rank,
+                        want.param,
+                        shifted(common, want.hf_slice, want.param_slice),
+                    )
+                )
+            if missing:
+                raise WeightSyncError(
+                    f"vLLM rank {dst_rank} parameter {want.param}: {missing} of {volume(want.hf_slice)} elements of "
+                    f"{want.hf_name} are held by no training rank; the two sides are of different models"
+                )
+    return copies
