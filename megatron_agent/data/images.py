@@ -180,14 +180,14 @@ class ImageStore:
         Rounded outward to whole pixels of the original and clipped to what `ref` shows, so a crop of a crop is a crop
         of the original. Raises DataError where nothing is left, or it is thinner than 200:1.
         """
-        return self._cropped(ref, scale_box(shown_box, (ref.width_px, ref.height_px), self.region_px(ref)), limits)
+        return self._cropped(ref, shown_box, (ref.width_px, ref.height_px), limits)
 
     def crop_unscaled(
         self, ref: ImageRef, box_px: tuple[float, float, float, float], limits: PixelLimits | None = None
     ) -> ImageRef:
         """As `crop`, with the box in original pixels counted from the top left of what `ref` shows."""
-        left, top, right, bottom = region = self.region_px(ref)
-        return self._cropped(ref, scale_box(box_px, (right - left, bottom - top), region), limits)
+        left, top, right, bottom = self.region_px(ref)
+        return self._cropped(ref, box_px, (right - left, bottom - top), limits)
 
     def rotate(self, ref: ImageRef, degrees: int, limits: PixelLimits | None = None) -> ImageRef:
         """`ref` turned counter-clockwise. Of a crop, the bounding box of the turned region is shown."""
@@ -198,9 +198,16 @@ class ImageStore:
         return ImageRef(ref.source, *fit_size(width, height, limits or self.limits), box, turned)
 
     # ---------------------------------------------------------------- inside
-    def _cropped(self, ref: ImageRef, box: Box, limits: PixelLimits | None) -> ImageRef:
-        width, height = box[2] - box[0], box[3] - box[1]
-        return ImageRef(ref.source, *fit_size(width, height, limits or self.limits), box, ref.rotation_deg)
+    def _cropped(
+        self, ref: ImageRef, part: tuple[float, float, float, float], out_of: tuple[int, int], limits: PixelLimits | None
+    ) -> ImageRef:
+        if part[0] >= part[2] or part[1] >= part[3]:
+            raise DataError(f"the box {part} is empty: its left must be below its right, its top below its bottom")
+        box = scale_box(part, out_of, self.region_px(ref))
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise DataError(f"the box {part} lies outside the picture of {out_of[0]}x{out_of[1]} px")
+        fitted = fit_size(box[2] - box[0], box[3] - box[1], limits or self.limits)
+        return ImageRef(ref.source, *fitted, box, ref.rotation_deg)
 
     def _keep_original(self, source: str, picture: Image.Image) -> None:
         self._sizes_px[source] = picture.size

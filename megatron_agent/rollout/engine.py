@@ -164,6 +164,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         config = self.config
+        dtype: Any = config.dtype  # checked against DTYPES, which vLLM spells as a Literal
         transfer: dict[str, Any] = {}
         if self._weight_transfer:
             transfer["weight_transfer_config"] = WeightTransferConfig(backend=self._weight_transfer)
@@ -172,7 +173,7 @@ class Engine:
             return AsyncLLM.from_engine_args(
                 AsyncEngineArgs(
                     model=self.model_path,
-                    dtype=config.dtype,
+                    dtype=dtype,
                     seed=self._seed,
                     tensor_parallel_size=config.tensor_parallel,
                     max_model_len=config.max_model_len,
@@ -228,9 +229,7 @@ class Engine:
     def _finished(self, final: RequestOutput) -> Generation:
         output = final.outputs[0]
         token_ids = list(output.token_ids)
-        logprobs = [
-            position[token_id].logprob for token_id, position in zip(token_ids, output.logprobs or (), strict=True)
-        ]
+        logprobs = [(at or {})[token_id].logprob for token_id, at in zip(token_ids, output.logprobs or (), strict=True)]
         self._num_requests += 1
         self._num_tokens += len(token_ids)
         self._num_prompt_tokens += len(final.prompt_token_ids or ())
@@ -303,8 +302,10 @@ class Engine:
         }
 
     def shutdown(self) -> None:
-        """Stop vLLM's processes; the engine is of no use afterwards."""
-        self.llm.shutdown()
+        """Stop vLLM's processes; the engine is of no use afterwards. May be called twice."""
+        llm = self.__dict__.pop("llm", None)
+        if llm is not None:
+            llm.shutdown()
 
 
 def set_environment(config: RolloutConfig) -> None:

@@ -189,12 +189,11 @@ def ids(tasks):
 
 
 def test_stream_order():
-    stream = TaskStream(TASKS, seed=0)
+    stream = TaskStream(TASKS, seed=7)
     first, second = ids(stream.next(5)), ids(stream.next(5))
-    assert (sorted(first), sorted(second)) == (["0", "1", "2", "3", "4"],) * 2
-    assert first == ["2", "3", "0", "1", "4"] and second == ["4", "2", "3", "1", "0"] and stream.epoch == 1
-    assert ids(TaskStream(TASKS, seed=0).next(13))[:10] == first + second
-    assert ids(TaskStream(TASKS, seed=1).next(5)) != first
+    assert first == ["1", "4", "3", "0", "2"] and second == ["2", "3", "4", "1", "0"] and stream.epoch == 1
+    assert ids(TaskStream(TASKS, seed=7).next(13))[:10] == first + second
+    assert ids(TaskStream(TASKS, seed=8).next(5)) != first
     assert ids(TaskStream(TASKS, seed=1, shuffle=False).next(7)) == ["0", "1", "2", "3", "4", "0", "1"]
 
 

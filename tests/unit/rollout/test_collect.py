@@ -1,0 +1,102 @@
+"""Concurrency, order and failure of a collection, and the numbers of its metrics."""
+
+import asyncio
+
+import pytest
+
+from megatron_agent.rollout.collect import collect, rollout_metrics, trajectory_seed
+from megatron_agent.types import RewardParts, Status, Task, ToolCall, Trajectory, TrajectoryGroup, Turn, Unscored
+
+
+def task(name, env_name="", **extra_info):
+    return Task(name, "unit", (), (), env_name, "", "", extra_info)
+
+
+def turn(num_tokens, call=None):
+    return Turn([1] * num_tokens, [0.0] * num_tokens, [0] * num_tokens, "", "stop", tool_call=call)
+
+
+class SampleIndexReward:
+    """Accuracy 1 for even samples; sample 3 cannot be judged."""
+
+    async def score(self, trajectory, task):
+        await asyncio.sleep(0)
+        if trajectory.sample_index == 3:
+            return Unscored("judge away")
+        return RewardParts({"accuracy": float(trajectory.sample_index % 2 == 0)}, {"accuracy": 0.8})
+
+
+def test_groups_keep_order_and_no_one_waits_for_the_slowest():
+    started, finished, running = [], [], set()
+    most = 0
+
+    async def run_one(item, index):
+        nonlocal most
+        name = (item.task_id, index)
+        started.append(name)
+        running.add(name)
+        most = max(most, len(running))
+        await asyncio.sleep(0.05 if name == ("a", 0) else 0.001)
+        running.discard(name)
+        finished.append(name)
+        return Trajectory(item, index, [])
+
+    groups = asyncio.run(collect([task("a"), task("b")], 4, run_one, SampleIndexReward(), max_in_flight=3))
+    names = [("a", i) for i in range(4)] + [("b", i) for i in range(4)]
+    assert [(t.task.task_id, t.sample_index) for group in groups for t in group.trajectories] == names
+    assert started == names
+    assert finished[-1] == ("a", 0)  # the other group was through before
+    assert most == 3
+    assert isinstance(groups[1].trajectories[3].reward, Unscored)
+
+
+def test_a_failure_stops_the_other_episodes():
+    cancelled = []
+
+    async def run_one(item, index):
+        if index == 1:
+            raise ValueError("broken episode")
+        try:
+            await asyncio.sleep(5)
+        except asyncio.CancelledError:
+            cancelled.append(index)
+            raise
+
+    with pytest.raises(ValueError, match="broken episode"):
+        asyncio.run(collect([task("a")], 3, run_one, SampleIndexReward(), max_in_flight=2))
+    assert cancelled == [0]
+
+
+def test_seeds_are_stable_and_differ():
+    assert trajectory_seed(0, 1, "a", 2) == trajectory_seed(0, 1, "a", 2) == 1331594263
+    seeds = {trajectory_seed(run, step, name, i) for run in (0, 1) for step in (0, 1) for name in "ab" for i in range(8)}
+    assert len(seeds) == 64
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_metrics():
+    zoom = task("a", "tool", target_bbox=[0, 0, 10, 10])
+    hit = ToolCall("zoom", True, seconds=0.1, box_px=(0, 0, 10, 5))
+    better = ToolCall("zoom", True, seconds=0.3, box_px=(0, 0, 10, 8))
+    broken = ToolCall("zoom", False, "bad box", 0.2, box_px=(0, 0, 10, 10))
+    half = RewardParts({"accuracy": 1.0, "tool": 1.0}, {"accuracy": 0.8, "tool": 1.2})
+    zero = RewardParts({"accuracy": 0.0, "tool": 0.0}, {"accuracy": 0.8, "tool": 1.2})
+    trajectories = [
+        Trajectory(zoom, 0, [], [turn(4, hit), turn(2, better), turn(2)], Status.ANSWERED, half),
+        Trajectory(zoom, 1, [], [turn(4, broken)], Status.MAX_TURNS, zero),
+        Trajectory(zoom, 2, [], [turn(4)], Status.ANSWERED, Unscored("judge away")),
+        Trajectory(task("b"), 0, [], [turn(4)], Status.ANSWERED, zero),
+    ]
+    metrics = rollout_metrics([TrajectoryGroup(zoom, trajectories[:3]), TrajectoryGroup(trajectories[3].task, trajectories[3:])])
+    assert metrics["reward/mean"] == pytest.approx(2 / 3)
+    assert metrics["reward/std"] == pytest.approx((2 * (2 / 3) ** 2 + (4 / 3) ** 2) ** 0.5 / 3**0.5)
+    assert metrics["accuracy"] == metrics["reward/part/tool"] == pytest.approx(1 / 3)
+    assert metrics["reward/unscored"] == 0.25
+    assert metrics["tool/rate"] == pytest.approx(1 / 3)
+    assert metrics["tool/calls"] == 1.0
+    assert metrics["tool/errors"] == 1.0
+    assert metrics["tool/seconds"] == pytest.approx(0.2)
+    assert metrics["tool/iou"] == pytest.approx(0.8 / 3)
+    assert (metrics["response/tokens"], metrics["response/turns"]) == (5.0, 1.5)
+    assert (metrics["status/answered"], metrics["status/max_turns"], metrics["status/aborted"]) == (0.75, 0.25, 0.0)
+    assert rollout_metrics([]) == {}

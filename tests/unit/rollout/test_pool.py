@@ -1,0 +1,74 @@
+"""Stickiness, balance and failover of the pool, with stand-ins for Ray handles (the real ones: tests/integration)."""
+
+import asyncio
+
+import pytest
+from ray.exceptions import RayActorError
+
+from megatron_agent.errors import EngineError
+from megatron_agent.rollout.engine import Generation, Sampling
+from megatron_agent.rollout.pool import EnginePool
+
+
+class Remote:
+    def __init__(self, function):
+        self.remote = function
+
+
+class Handle:
+    def __init__(self, name, gate=None):
+        self.name, self.gate, self.alive, self.rows, self.versions = name, gate, True, [], []
+        self.generate, self.sync_weights = Remote(self._generate), Remote(self._sync)
+
+    async def _generate(self, row, images, sampling):
+        if not self.alive:
+            raise RayActorError
+        self.rows.append(row)
+        if self.gate:
+            await self.gate.wait()
+        return Generation([self.name], [0.0], [0], "stop")
+
+    async def _sync(self, update, version):
+        self.versions.append((update, version))
+
+
+def test_turns_of_a_trajectory_stay_and_work_is_spread():
+    async def main():
+        gate = asyncio.Event()
+        handles = [Handle(0, gate), Handle(1, gate)]
+        pool = EnginePool(handles)
+        calls = [asyncio.create_task(pool.generate(name, [0] * length, [], Sampling(max_tokens=1)))
+                 for name, length in (("a", 100), ("b", 10), ("c", 10), ("d", 10))]  # fmt: skip
+        await asyncio.sleep(0)
+        gate.set()
+        engines = [(await call).token_ids[0] for call in calls]
+        again = [(await pool.generate(name, [0], [], Sampling())).token_ids[0] for name in "abcd"]
+        return engines, again
+
+    engines, again = asyncio.run(main())
+    assert engines == [0, 1, 1, 1]
+    assert again == engines
+
+
+def test_a_dead_engine_hands_its_trajectories_on():
+    async def main():
+        handles = [Handle(0), Handle(1)]
+        pool = EnginePool(handles)
+        first = await pool.generate("a", [1], [], Sampling())
+        handles[0].alive = False
+        second = await pool.generate("a", [1, 2], [], Sampling())
+        await pool.sync_weights([{"n": 0}, {"n": 1}], 4)
+        handles[1].alive = False
+        with pytest.raises(EngineError, match="every rollout engine"):
+            await pool.generate("a", [1, 2], [], Sampling())
+        return first.token_ids + second.token_ids, handles
+
+    engines, handles = asyncio.run(main())
+    assert engines == [0, 1]
+    assert handles[1].rows == [[1, 2]]
+    assert (handles[0].versions, handles[1].versions) == ([], [({"n": 1}, 4)])
+
+
+def test_an_empty_pool_is_refused():
+    with pytest.raises(EngineError):
+        EnginePool([])
