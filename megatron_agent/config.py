@@ -28,23 +28,14 @@ T = TypeVar("T")
 
 
 @dataclass
-class RunSection:
-    """Where a run lives and how it starts. `resume`: "never", or "auto" to go on from the last complete checkpoint."""
+class CheckpointSection:
+    """Every `every_steps` updates (0: at the end only) a resumable checkpoint; the newest `keep` stay (0: all)."""
 
-    name: str = "run"
-    output_dir: str = "runs"
-    seed: int = 0
-    resume: str = "never"
-    save_every_steps: int = 10
-    keep_checkpoints: int = 2
+    every_steps: int = 10
+    keep: int = 2
 
     def __post_init__(self) -> None:
-        require(self.resume in ("auto", "never"), f"run.resume is {self.resume!r}; allowed: auto, never")
-        require(self.save_every_steps >= 0, "run.save_every_steps must be 0 (only at the end) or more")
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.output_dir) / self.name
+        require(self.every_steps >= 0 and self.keep >= 0, "checkpoint.every_steps and checkpoint.keep must be 0 or more")
 
 
 @dataclass
@@ -82,9 +73,13 @@ class EvaluationSection:
 
 @dataclass
 class RunConfig:
-    """The whole tree. `env`, `reward`, `algorithm` hold the Config of the component that is named."""
+    """The whole tree. A run lives in `output_dir`/`name`; `resume`: "never", or "auto" to go on from its last complete
+    checkpoint. `env`, `reward`, `algorithm` hold the Config of the component that is named."""
 
-    run: RunSection = field(default_factory=RunSection)
+    name: str = "run"
+    output_dir: str = "runs"
+    seed: int = 0
+    resume: str = "never"
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -92,6 +87,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sft: SftSection = field(default_factory=SftSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     env: dict[str, Any] = field(default_factory=dict)  # env name -> its Config
     reward_name: str = "vl_agent"
@@ -100,7 +96,12 @@ class RunConfig:
     algorithm: Any = None
 
     def __post_init__(self) -> None:
+        require(self.resume in ("auto", "never"), f"resume is {self.resume!r}; allowed: auto, never")
         check_across_sections(self)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.name
 
 
 def require(ok: bool, message: str) -> None:
@@ -175,7 +176,7 @@ def parse(tree: dict) -> RunConfig:
     sections = {f.name: f for f in dataclasses.fields(RunConfig) if f.name not in components}
     _reject_unknown(tree, [*sections, "env", "reward", "algorithm"], "")
     hints = typing.get_type_hints(RunConfig)
-    values = {name: build(hints[name], tree.get(name) or {}, name) for name in sections}
+    values = {name: _coerce(hints[name], {} if value is None else value, name) for name, value in tree.items()}
     return RunConfig(**values, **components)
 
 

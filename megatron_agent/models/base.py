@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import TransformerConfig
 
+    from megatron_agent.models.renderer import ChatRenderer
     from megatron_agent.training.layout import Layout
 
 
@@ -51,6 +52,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def table(self, layout: Layout, transformer_engine: bool) -> list[Entry]:
         """The mapping table. `transformer_engine`: Megatron's layers are TE's (fused norms), not the local ones."""
+
+    @abstractmethod
+    def renderer(self, path: str) -> ChatRenderer:
+        """Messages <-> tokens, from the tokenizer in `path`."""
 
     @abstractmethod
     def positions(self, token_ids: Sequence[int], images: Sequence[ImageRef]) -> np.ndarray:

@@ -169,5 +169,7 @@ class ChatRenderer:
         before = self._render(json.dumps(earlier), "null", False)
         after = self._render(json.dumps(earlier + json.loads(messages_json)), "null", True)
         if not after.startswith(before) or self.end_of_turn not in before:
-            raise ConfigError("this chat template changes earlier turns when messages follow; agents need one that only appends")
+            raise ConfigError(
+                "this chat template changes earlier turns when messages follow; agents need one that only appends"
+            )
         return before.rpartition(self.end_of_turn)[2], after.removeprefix(before)

@@ -29,6 +29,7 @@ RECEIVER_MODULE = "megatron_agent.weights.receiver"
 KV_BLOCK_TOKENS = 32  # the prefix cache shares whole blocks only; vLLM's 128 on CPU exceeds many a prompt
 WORKER_EXTENSION = "megatron_agent.rollout.worker_extension.WorkerExtension"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENCODER_BUDGET_FACTOR = 16
 CACHE_MISS_ATTEMPTS = 3  # a sync that clears vLLM's picture caches can overtake a request that was already prepared
 BANNED_LOGIT_BIAS = -100.0  # the largest that vLLM takes; e^-100 is never sampled
 
@@ -170,27 +171,42 @@ class Engine:
             transfer["weight_transfer_config"] = WeightTransferConfig(backend=self._weight_transfer)
             transfer["worker_extension_cls"] = self._worker_extension
         try:
-            return AsyncLLM.from_engine_args(
-                AsyncEngineArgs(
-                    model=self.model_path,
-                    dtype=dtype,
-                    seed=self._seed,
-                    tensor_parallel_size=config.tensor_parallel,
-                    max_model_len=config.max_model_len,
-                    max_num_seqs=config.max_num_seqs,
-                    max_num_batched_tokens=config.max_num_batched_tokens,
-                    gpu_memory_utilization=config.gpu_memory_utilization,
-                    enforce_eager=config.enforce_eager,
-                    enable_prefix_caching=True,
-                    block_size=KV_BLOCK_TOKENS,
-                    limit_mm_per_prompt={"image": self._max_images, "video": 0},
-                    logprobs_mode="processed_logprobs",
-                    disable_log_stats=True,
-                    **transfer,
-                )
-            )
+            vllm_config = AsyncEngineArgs(
+                model=self.model_path,
+                dtype=dtype,
+                seed=self._seed,
+                tensor_parallel_size=config.tensor_parallel,
+                max_model_len=config.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                enforce_eager=config.enforce_eager,
+                enable_prefix_caching=True,
+                block_size=KV_BLOCK_TOKENS,
+                limit_mm_per_prompt={"image": self._max_images, "video": 0},
+                logprobs_mode="processed_logprobs",
+                **self._prefill_options(),
+                **transfer,
+            ).create_engine_config()
+            scheduler = vllm_config.scheduler_config
+            if not scheduler.enable_chunked_prefill:
+                # Pictures beyond the encoder's budget of a step would split a prompt too.
+                scheduler.max_num_encoder_input_tokens *= ENCODER_BUDGET_FACTOR
+                scheduler.encoder_cache_size *= ENCODER_BUDGET_FACTOR
+            return AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)
         except (RuntimeError, ValueError) as error:
             raise EngineError(f"vLLM did not start with {self.model_path}: {error}") from error
+
+    def _prefill_options(self) -> dict[str, Any]:
+        """Prompts may be split over steps, except on CPU, where vLLM 0.32 dies when a prompt with a seed of its own is.
+
+        It rewinds the random generator of such a request, which torch's CPU generator cannot do.
+        """
+        import torch
+
+        budget_tokens = self.config.max_num_batched_tokens
+        if torch.cuda.is_available():
+            return {"max_num_batched_tokens": budget_tokens}
+        return {"max_num_batched_tokens": max(budget_tokens, self.config.max_model_len), "enable_chunked_prefill": False}
 
     async def generate(self, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
         """Sample one turn behind `row` (one image token per merged patch; `images` in row order).

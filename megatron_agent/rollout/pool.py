@@ -48,9 +48,7 @@ class EnginePool:
                 self._engine_of.popitem(last=False)
         return index
 
-    async def generate(
-        self, trajectory_id: str, row: list[int], images: list[ImageRef], sampling: Sampling
-    ) -> Generation:
+    async def generate(self, trajectory_id: str, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
         """One turn, on the trajectory's engine or, when that dies, on another one."""
         from ray.exceptions import RayActorError, RayTaskError
 

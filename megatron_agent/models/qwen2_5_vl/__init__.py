@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from megatron_agent.models.qwen2_5_vl.vision import VisionConfig
     from megatron_agent.models.qwen2_5_vl.weights import TextConfig
+    from megatron_agent.models.renderer import ChatRenderer
     from megatron_agent.training.layout import Layout
 
 
@@ -157,6 +158,11 @@ class Qwen2_5_VL(ModelFamily):
         from megatron_agent.models.qwen2_5_vl.weights import language_table, vision_table
 
         return language_table(self.text, layout.pipeline_parallel > 1, transformer_engine) + vision_table(self.vision)
+
+    def renderer(self, path: str) -> ChatRenderer:
+        from megatron_agent.models.qwen2_5_vl.renderer import Renderer
+
+        return Renderer(path)
 
     def positions(self, token_ids: Sequence[int], images: Sequence[ImageRef]) -> np.ndarray:
         merge = self.vision.spatial_merge_size

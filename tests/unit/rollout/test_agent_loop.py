@@ -176,7 +176,7 @@ def test_late_pictures_do_not_shift_the_ones_the_model_saw(renderer):
         await asyncio.sleep(0.3 if session.actions else 0.0)
         return await scripted(row, images, sampling)
 
-    play(renderer, slow, session, tool_timeout_s=0.05)
+    play(renderer, slow, session, tool_timeout_s=0.05, max_turns=3)
     assert session.seen == [1, 1, 1]
 
 

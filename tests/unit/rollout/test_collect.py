@@ -64,11 +64,11 @@ def test_a_failure_stops_the_other_episodes():
 
     with pytest.raises(ValueError, match="broken episode"):
         asyncio.run(collect([task("a")], 3, run_one, SampleIndexReward(), max_in_flight=2))
-    assert cancelled == [0]
+    assert cancelled[0] == 0  # sample 2 may just have taken the place of the one that failed
 
 
 def test_seeds_are_stable_and_differ():
-    assert trajectory_seed(0, 1, "a", 2) == trajectory_seed(0, 1, "a", 2) == 1331594263
+    assert trajectory_seed(0, 1, "a", 2) == trajectory_seed(0, 1, "a", 2) == 1886011010
     seeds = {trajectory_seed(run, step, name, i) for run in (0, 1) for step in (0, 1) for name in "ab" for i in range(8)}
     assert len(seeds) == 64
     assert all(0 <= seed < 2**31 for seed in seeds)
@@ -87,7 +87,9 @@ def test_metrics():
         Trajectory(zoom, 2, [], [turn(4)], Status.ANSWERED, Unscored("judge away")),
         Trajectory(task("b"), 0, [], [turn(4)], Status.ANSWERED, zero),
     ]
-    metrics = rollout_metrics([TrajectoryGroup(zoom, trajectories[:3]), TrajectoryGroup(trajectories[3].task, trajectories[3:])])
+    metrics = rollout_metrics(
+        [TrajectoryGroup(zoom, trajectories[:3]), TrajectoryGroup(trajectories[3].task, trajectories[3:])]
+    )
     assert metrics["reward/mean"] == pytest.approx(2 / 3)
     assert metrics["reward/std"] == pytest.approx((2 * (2 / 3) ** 2 + (4 / 3) ** 2) ** 0.5 / 3**0.5)
     assert metrics["accuracy"] == metrics["reward/part/tool"] == pytest.approx(1 / 3)

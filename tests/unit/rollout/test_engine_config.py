@@ -12,7 +12,14 @@ from megatron_agent.rollout.engine import RolloutConfig, first_difference, versi
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("num_engines", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_k", -1), ("dtype", "float8"), ("max_num_batched_tokens", 8)],
+    [
+        ("num_engines", 0),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("dtype", "float8"),
+        ("max_num_batched_tokens", 8),
+    ],
 )
 def test_config_names_what_is_wrong(option, value):
     with pytest.raises(ConfigError, match=f"rollout.{option}"):

@@ -1,0 +1,36 @@
+# Two commands: `make quickstart [SEED=0]` and `make test`. Both set up .venv first (once).
+# Where pip does not find CPU wheels of torch by itself: make quickstart PIP_ARGS="--extra-index-url <PyTorch's CPU index>"
+SEED ?= 0
+PYTHON ?= python3
+PIP_ARGS ?=
+PY := .venv/bin/python
+DATA := data/quickstart/seed$(SEED)
+NAME := $(if $(filter 0,$(SEED)),quickstart,quickstart-seed$(SEED))
+
+.PHONY: quickstart test setup lint clean
+
+quickstart: .venv/.ready
+	$(PY) examples/quickstart/prepare_data.py --seed $(SEED) --out $(DATA)
+	$(PY) -m megatron_agent.train examples/quickstart/run.yaml name=$(NAME) seed=$(SEED) data_dir=$(DATA) $(ARGS)
+
+test: .venv/.ready lint
+	$(PY) -m pytest -q tests
+
+lint: .venv/.ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+setup: .venv/.ready
+
+.venv/.ready: setup.py tools/torchvision_cpu.py
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q $(PIP_ARGS) -e '.[cpu,dev]'
+	# CUDA builds that cannot be imported beside a CPU torch, and that vLLM imports when it finds them
+	$(PY) -c 'import torch; raise SystemExit(torch.version.cuda is not None)' && $(PY) -m pip uninstall -q -y torchaudio torchcodec || true
+	$(PY) tools/torchvision_cpu.py
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,5 @@
+import sys
+
+from megatron_agent.cli import main
+
+sys.exit(main())

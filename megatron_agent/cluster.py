@@ -1,0 +1,79 @@
+"""Ray: where trainer ranks and rollout engines run. The only file that asks for resources."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from megatron_agent.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_agent.config import RunConfig
+    from megatron_agent.data.images import ImageStore
+
+log = logging.getLogger(__name__)
+
+
+def start_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or start one in this process that ends with it."""
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    if not os.environ.get("RAY_ADDRESS"):
+        # Actors ask for no CPUs: threads are assigned by the config, and two cores must hold four processes.
+        options |= {"num_cpus": max(4, os.cpu_count() or 1), "object_store_memory": 512 << 20}
+    ray.init(**options)
+
+
+def gpu_shares(config: RunConfig, num_gpus: int) -> tuple[float, float]:
+    """GPUs of one trainer rank and of one engine; fractions when the two sides share them (colocated).
+
+    Raises ConfigError when the degrees do not fit the GPUs that there are.
+    """
+    ranks, per_engine = config.training.layout.world_size, config.rollout.tensor_parallel
+    engines = config.rollout.num_engines * per_engine
+    if num_gpus == 0:
+        return 0.0, 0.0
+    if num_gpus >= ranks + engines:
+        return 1.0, float(per_engine)
+    if num_gpus >= max(ranks, engines) and per_engine == 1:
+        return 0.5, 0.5
+    raise ConfigError(
+        f"the trainer needs {ranks} GPUs and the rollout engines {engines}, but there are {num_gpus}; lower "
+        f"training.*_parallel, rollout.num_engines or rollout.tensor_parallel"
+    )
+
+
+def start_workers(config: RunConfig, store: ImageStore) -> list[Any]:
+    """One Ray actor per Megatron rank, in rank order."""
+    import ray
+
+    from megatron_agent.training.worker import Worker
+
+    share, _ = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
+    remote = ray.remote(num_cpus=0, num_gpus=share)(Worker)
+    layout = config.training.layout
+    return [remote.remote(rank, layout, store, config.training.num_cpu_threads) for rank in range(layout.world_size)]
+
+
+def start_engines(config: RunConfig, store: ImageStore) -> list[Any]:
+    """One Ray actor per vLLM engine; construction returns at once, the engine starts behind it."""
+    import ray
+
+    from megatron_agent.rollout.engine import Engine
+
+    _, share = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
+    remote = ray.remote(num_cpus=0, num_gpus=share, max_concurrency=4096)(Engine)
+    return [
+        remote.remote(config.model.path, config.rollout, store, config.agent.max_vllm_images, config.seed + index)
+        for index in range(config.rollout.num_engines)
+    ]
+
+
+def stop_ray() -> None:
+    """Every actor and every Ray process that this run started goes with it."""
+    import ray
+
+    ray.shutdown()

@@ -1,0 +1,81 @@
+"""Episodes against the engines: what turns a list of tasks into groups of scored trajectories."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from megatron_agent.rollout.agent_loop import AgentConfig, run_episode, scripted_generate
+from megatron_agent.rollout.collect import collect, trajectory_seed
+from megatron_agent.rollout.engine import RolloutConfig, Sampling
+from megatron_agent.types import Task, Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from megatron_agent.data.images import ImageStore
+    from megatron_agent.envs.base import EnvSession
+    from megatron_agent.models.renderer import ChatRenderer
+    from megatron_agent.rewards.base import RewardBase
+    from megatron_agent.rollout.pool import EnginePool
+
+IN_FLIGHT_PER_ENGINE = 2  # times max_num_seqs: enough that no engine waits for an episode to start
+
+
+class Rollouts:
+    """consumes: tasks. waits for: engines, tools, the judge. produces: TrajectoryGroups, in the order of the tasks."""
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        renderer: ChatRenderer,
+        store: ImageStore,
+        reward: RewardBase,
+        agent: AgentConfig,
+        config: RolloutConfig,
+        env_configs: dict[str, Any],
+        seed: int,
+    ) -> None:
+        self.pool, self.renderer, self.store, self.reward = pool, renderer, store, reward
+        self.agent, self.config, self.env_configs, self.seed = agent, config, env_configs, seed
+        self.tools = ThreadPoolExecutor(agent.concurrent_workers, thread_name_prefix="tool")
+
+    async def sample(self, tasks: Sequence[Task], step: int) -> list[TrajectoryGroup]:
+        """`rollout.group_size` episodes of each task at the run's temperature; reproducible from (seed, step, task)."""
+        return await self._collect(tasks, self.config.group_size, self.config.temperature, step)
+
+    async def greedy(self, tasks: Sequence[Task]) -> list[Trajectory]:
+        """One episode of each task at temperature 0."""
+        return [group.trajectories[0] for group in await self._collect(tasks, 1, 0.0, 0)]
+
+    async def scripted(self, tasks: Sequence[Task]) -> list[Trajectory]:
+        """Episodes whose turns are the tasks' scripts; tools run for real, nothing is scored."""
+        sampling = Sampling()
+        return [
+            await run_episode(task, 0, scripted_generate(task.script, self.renderer), self.renderer, self._session, self.agent,
+                              sampling, self.config.max_model_len)
+            for task in tasks
+        ]  # fmt: skip
+
+    async def _collect(self, tasks: Sequence[Task], num_samples: int, temperature: float, step: int) -> list[TrajectoryGroup]:
+        in_flight = IN_FLIGHT_PER_ENGINE * self.config.max_num_seqs * self.config.num_engines
+
+        async def run_one(task: Task, index: int) -> Trajectory:
+            sampling = Sampling(
+                temperature=temperature,
+                top_p=self.config.top_p if temperature else 1.0,
+                top_k=self.config.top_k if temperature else 0,
+                seed=trajectory_seed(self.seed, step, task.task_id, index),
+                banned_token_ids=tuple(sorted(self.renderer.forbidden_ids)) if self.config.ban_special_tokens else (),
+            )
+            generate = functools.partial(self.pool.generate, f"{step}/{task.task_id}/{index}")
+            return await run_episode(
+                task, index, generate, self.renderer, self._session, self.agent, sampling, self.config.max_model_len, self.tools
+            )
+
+        return await collect(tasks, num_samples, run_one, self.reward, in_flight)
+
+    def _session(self, task: Task) -> EnvSession | None:
+        from megatron_agent.envs.base import make_session
+
+        return make_session(task.env_name, self.env_configs, self.store, self.store.limits)

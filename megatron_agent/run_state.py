@@ -1,0 +1,123 @@
+"""What a run remembers between steps and across restarts, and how it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Awaitable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from megatron_agent.errors import MegatronAgentError
+from megatron_agent.training.checkpoint import begin_checkpoint, complete_checkpoints, finish_checkpoint, read_state
+from megatron_agent.types import Trajectory
+
+if TYPE_CHECKING:
+    from megatron_agent.config import RunConfig
+    from megatron_agent.observe.boards import Boards
+    from megatron_agent.stages import Stages
+
+log = logging.getLogger("megatron_agent")
+T = TypeVar("T")
+SHOWN_EPISODES = 12
+
+
+class StopRequested(MegatronAgentError):
+    """SIGTERM, SIGINT or a scheduler's pre-emption asked the run to end."""
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into an orderly end; the second one of a kind acts as usual."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        log.warning("%s: stopping after the work that cannot be cut", number.name)
+        self._event.set()
+        asyncio.get_running_loop().remove_signal_handler(number)
+
+    async def or_done(self, work: Awaitable[T], what: str, boards: Boards) -> T:
+        """The result of `work`, or StopRequested as soon as a signal has come (`work` is cancelled then)."""
+        boards.status(what)
+        task = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(self._event.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise StopRequested(f"stopped by a signal during: {what}")
+        finally:
+            stopped.cancel()
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+
+@dataclass
+class Progress:
+    """How far the run is; all of it but the trajectories is saved with every checkpoint."""
+
+    step: int = 0
+    stream: dict[str, Any] = field(default_factory=dict)
+    weight_version: int = 0
+    num_trajectories: int = 0
+    seconds_setup: float = 0.0
+    seconds_train: float = 0.0
+    seconds_evaluation: float = 0.0
+    before: dict[str, dict[str, float]] = field(default_factory=dict)
+    after: dict[str, dict[str, float]] = field(default_factory=dict)
+    episodes: dict[str, list[Trajectory]] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def last(config: RunConfig) -> Progress | None:
+        """Of the newest complete checkpoint, when `resume` is auto and there is one."""
+        saved = complete_checkpoints(config.folder / "checkpoints") if config.resume == "auto" else []
+        return Progress(**read_state(saved[-1])) if saved else None
+
+    async def restore(self, parts: Stages) -> None:
+        """Weights, optimizer, data order and weight version as they were."""
+        folder = complete_checkpoints(parts.config.folder / "checkpoints")[-1]
+        await parts.actor.load(folder)
+        parts.weight_version = self.weight_version
+        if parts.data.train is not None and self.stream:
+            parts.data.train.load_state(self.stream)
+        log.info("resumed from %s (step %d)", folder, self.step)
+
+    async def save(self, parts: Stages) -> None:
+        """A complete checkpoint of the last finished step; does nothing when there is one already."""
+        root, config = parts.config.folder / "checkpoints", parts.config.checkpoint
+        if any(read_state(folder)["step"] == self.step for folder in complete_checkpoints(root)[-1:]):
+            return
+        await parts.actor.save(begin_checkpoint(root, self.step))
+        state = {name: value for name, value in vars(self).items() if name != "episodes"}
+        finish_checkpoint(root, self.step, state, config.keep)
+
+    def finish_step(self, step: int, parts: Stages, num_trajectories: int) -> None:
+        self.step, self.weight_version = step, parts.weight_version
+        self.num_trajectories += num_trajectories
+        if parts.data.train is not None:
+            self.stream = dict(parts.data.train.state())
+
+    def keep_evaluation(self, when: str, name: str, metrics: dict[str, float], trajectories: list[Trajectory]) -> None:
+        if when in ("before", "after"):
+            getattr(self, when)[name] = metrics
+            self.episodes[f"{when}/{name}"] = trajectories[:SHOWN_EPISODES]
+
+
+def keep_old_run(folder: Path) -> None:
+    """Move an earlier run of the same name aside (name.1, name.2, ...): a new one must not mix with or erase it."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
+    aside = folder.with_name(f"{folder.name}.{number}")
+    os.replace(folder, aside)
+    log.info("an earlier run is kept in %s", aside)

@@ -1,0 +1,138 @@
+"""Builds the stages of a run from its configuration; train.py, sft.py and evaluate.py only connect them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from dataclasses import dataclass, field
+
+from megatron_agent import cluster, registry
+from megatron_agent.algorithms.base import Algorithm
+from megatron_agent.config import RunConfig
+from megatron_agent.data.dataset import DatasetReport, TaskStream, read_tasks
+from megatron_agent.data.images import ImageStore
+from megatron_agent.errors import ConfigError, DataError
+from megatron_agent.models.base import ModelFamily
+from megatron_agent.rollout.pool import EnginePool
+from megatron_agent.rollout.rollouts import Rollouts
+from megatron_agent.training.actor import Actor
+from megatron_agent.training.layout import megatron_pieces, vllm_pieces
+from megatron_agent.types import ShardCopy, Task
+from megatron_agent.weights.plan import make_plan
+from megatron_agent.weights.transport import shared_folder
+
+log = logging.getLogger("megatron_agent")
+
+
+@dataclass
+class Data:
+    """Every row that the run may use, read and checked before anything expensive starts."""
+
+    train: TaskStream | None
+    heldout: list[Task] = field(default_factory=list)
+    without_tool: list[Task] = field(default_factory=list)
+    warmup: list[Task] = field(default_factory=list)
+    reports: dict[str, DatasetReport] = field(default_factory=dict)
+
+
+def check(config: RunConfig) -> ModelFamily:
+    """The model's folder against the layout. Raises CheckpointError, ConfigError."""
+    if not config.model.path:
+        raise ConfigError("model.path is empty; give the folder of a Hugging Face checkpoint")
+    family: ModelFamily = registry.resolve("models", config.model.family)(config.model.path)
+    family.check(config.training.layout)
+    return family
+
+
+def read_data(config: RunConfig, store: ImageStore) -> Data:
+    """Raises DataError, ConfigError."""
+    reports: dict[str, DatasetReport] = {}
+
+    def read(name: str, files: list[str], script: bool = False) -> list[Task]:
+        if not files:
+            return []
+        tasks, reports[name] = read_tasks(files, config.data, store, config.agent.tool_name_key, require_script=script)
+        report = reports[name]
+        log.info("%s: %d rows, %d bad, %d small pictures enlarged", name, report.num_rows, report.num_bad, report.num_upscaled)
+        return tasks
+
+    train = read("train", config.data.train_files)
+    limit = config.evaluation.max_rows or None
+    data = Data(
+        TaskStream(train, config.seed, config.data.shuffle) if train else None,
+        read("heldout", config.evaluation.files)[:limit],
+        read("without_tool", config.evaluation.without_tool_files)[:limit],
+        read("warmup", config.sft.files, script=True) if config.sft.num_steps else [],
+        reports,
+    )
+    if config.training.num_steps and data.train is None:
+        raise DataError("data.train_files is empty, and training.num_steps asks for updates")
+    if config.sft.num_steps and not data.warmup:
+        raise DataError("sft.files is empty, and sft.num_steps asks for a warm start")
+    return data
+
+
+@dataclass
+class Stages:
+    """The running parts of one run."""
+
+    config: RunConfig
+    data: Data
+    actor: Actor
+    rollouts: Rollouts
+    algorithm: Algorithm
+    plan: list[ShardCopy]
+    weight_version: int = 0
+
+    async def sync_weights(self) -> None:
+        """Trainer -> engines; every token sampled after it carries the next version."""
+        folder = shared_folder()
+        try:
+            checksums = await self.actor.send_weights(self.plan, folder)
+            update = {"folder": str(folder), "checksums": checksums}
+            pool = self.rollouts.pool
+            await pool.sync_weights([update] * self.config.rollout.num_engines, self.weight_version + 1)
+            self.weight_version += 1
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore) -> tuple[Stages, list[asyncio.Task]]:
+    """Start trainer ranks and engines -> the stages, and what is still under way: [trainer ready, engines ready].
+
+    The engines take longer; a warm start may run meanwhile.
+    """
+    actor = Actor(cluster.start_workers(config, store), config.training)
+    pool = EnginePool(cluster.start_engines(config, store))
+    renderer = family.renderer(config.agent.vl_model_path or config.model.path)
+    reward = registry.resolve("rewards", config.reward_name)(config.reward)
+    algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
+    rollouts = Rollouts(pool, renderer, store, reward, config.agent, config.rollout, config.env, config.seed)
+    plan = transfer_plan(config, family)
+    stages = Stages(config, data, actor, rollouts, algorithm, plan)
+    temperature = config.rollout.temperature
+    trainer = asyncio.create_task(actor.set_up(config.model.family, config.model.path, temperature, config.seed))
+    info = {"plan": plan, "dtype": config.training.dtype}
+    engines = asyncio.create_task(pool.init_weight_transfer([info] * config.rollout.num_engines))
+    return stages, [trainer, engines]
+
+
+def transfer_plan(config: RunConfig, family: ModelFamily) -> list[ShardCopy]:
+    """What goes from which trainer rank to which vLLM rank; the same for every engine."""
+    layout = config.training.layout
+    table = family.table(layout, transformer_engine=has_gpu())
+    num_layers: int = family.text.num_layers  # type: ignore[attr-defined]
+    sources = [megatron_pieces(table, layout, num_layers, rank) for rank in range(layout.world_size)]
+    tp = config.rollout.tensor_parallel
+    return make_plan(sources, [vllm_pieces(table, tp, rank) for rank in range(tp)])
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def image_store(config: RunConfig) -> ImageStore:
+    return ImageStore((config.folder / "images").absolute(), config.data.pixel_limits(), cache_pictures=4096)

@@ -1,0 +1,126 @@
+"""The synchronous loop: tasks -> rollouts -> samples -> update -> weights, once per step.
+
+`python -m megatron_agent.train run.yaml section.key=value ...` or `megatron-agent train run.yaml ...`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+from megatron_agent import cluster, stages
+from megatron_agent.config import RunConfig
+from megatron_agent.evaluate import evaluate
+from megatron_agent.observe.boards import Boards
+from megatron_agent.observe.metrics import Timer
+from megatron_agent.observe.transcripts import write_transcript
+from megatron_agent.report import write_report
+from megatron_agent.rollout.collect import rollout_metrics
+from megatron_agent.run_state import Progress, StopRequested, StopSignal, keep_old_run
+from megatron_agent.sft import warm_start
+from megatron_agent.stages import Stages
+from megatron_agent.training.samples import to_samples
+
+
+async def train(config: RunConfig) -> Progress:
+    """A whole run: warm start, evaluation, RL, evaluation, report. Raises our errors; a stop signal ends it in order."""
+    began_s = time.perf_counter()
+    family = stages.check(config)
+    resumed = Progress.last(config)
+    if resumed is None:
+        keep_old_run(config.folder)
+    store = stages.image_store(config)
+    data = stages.read_data(config, store)
+    progress = resumed or Progress()
+    stop = StopSignal()
+    cluster.start_ray()
+    try:
+        with Boards(config.folder, config.observe, config.training.num_steps) as boards:
+            parts, (trainer_ready, engines_ready) = stages.start(config, family, data, store)
+            await stop.or_done(trainer_ready, "starting the trainer", boards)
+            progress.seconds_setup += time.perf_counter() - began_s
+            began_s = time.perf_counter()
+            if resumed is None and config.sft.num_steps:
+                await stop.or_done(warm_start(parts, boards), "warm start", boards)
+            await parts.actor.reset_optimizer(config.training.lr, config.training.clip_grad)
+            if resumed is not None:
+                await progress.restore(parts)
+                boards.rewind(progress.step + 1)
+            await stop.or_done(engines_ready, "starting the rollout engines", boards)
+            await parts.sync_weights()
+            if not progress.before:
+                await evaluate_all(parts, progress, "before", boards, stop)
+            try:
+                for step in range(progress.step + 1, config.training.num_steps + 1):
+                    await one_step(parts, progress, step, boards, stop)
+                    progress.seconds_train += time.perf_counter() - began_s
+                    began_s = time.perf_counter()
+                    if config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
+                        await progress.save(parts)
+                    if config.evaluation.every_steps and step % config.evaluation.every_steps == 0 < config.training.num_steps - step:
+                        await evaluate_all(parts, progress, "between", boards, stop)
+            except StopRequested:
+                await progress.save(parts)
+                raise
+            await evaluate_all(parts, progress, "after", boards, stop)
+            await progress.save(parts)
+            write_report(config, progress, store)
+            boards.note(f"done: {config.folder}/summary.json, curves.png, trajectories.html")
+        return progress
+    finally:
+        cluster.stop_ray()
+
+
+async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards, stop: StopSignal) -> None:
+    """Rollouts may be cut short by a stop signal; update and sync finish, so that weights and progress agree."""
+    config, timer = parts.config, Timer()
+    assert parts.data.train is not None
+    tasks = parts.data.train.next(config.training.prompts_per_step)
+    with timer.phase("step"):
+        with timer.phase("rollout"):
+            groups = await stop.or_done(parts.rollouts.sample(tasks, step), f"step {step}: rollouts", boards)
+        samples = to_samples(groups, parts.algorithm)
+        with timer.phase("train"):
+            boards.status(f"step {step}: update on {len(samples)} rows")
+            lr = config.training.lr_at(step)
+            metrics = await parts.actor.update(samples, parts.algorithm, lr, config.training.minibatches_per_step)
+        with timer.phase("sync"):
+            await parts.sync_weights()
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    metrics |= rollout_metrics(groups) | timer.metrics() | {"weight_version": float(parts.weight_version)}
+    generated = sum(trajectory.num_response_tokens for trajectory in trajectories)
+    metrics["tokens_per_s"] = (generated + metrics["train_tokens"]) / timer.seconds["step"]
+    progress.finish_step(step, parts, len(trajectories))
+    boards.log(step, metrics)
+    write_transcript(config.folder / "transcripts.jsonl", step, trajectories, config.observe.transcripts_per_step)
+    if metrics["logprob_gap_mean"] > config.training.logprob_gap_alarm:
+        boards.note(
+            f"ALARM step {step}: vLLM's and the trainer's log-probs differ by {metrics['logprob_gap_mean']:.2g} on average "
+            f"(training.logprob_gap_alarm={config.training.logprob_gap_alarm}): the two sides do not run the same model"
+        )
+
+
+async def evaluate_all(parts: Stages, progress: Progress, when: str, boards: Boards, stop: StopSignal) -> None:
+    """Held-out episodes with the tool and, before and after, the same questions without it."""
+    began_s = time.perf_counter()
+    for name, phase, tasks in (("heldout", "eval", parts.data.heldout), ("without_tool", "eval_without_tool", parts.data.without_tool)):
+        if not tasks or (name == "without_tool" and when == "between"):
+            continue
+        metrics, trajectories = await stop.or_done(evaluate(parts.rollouts, tasks), f"evaluation on {name}", boards)
+        progress.keep_evaluation(when, name, metrics, trajectories)
+        boards.log(progress.step, metrics, phase=phase)
+    progress.seconds_evaluation += time.perf_counter() - began_s
+
+
+def main(arguments: list[str]) -> int:
+    from megatron_agent.cli import load_config
+
+    asyncio.run(train(load_config(arguments)))
+    return 0
+
+
+if __name__ == "__main__":
+    from megatron_agent.cli import guarded
+
+    sys.exit(guarded(main, sys.argv[1:]))

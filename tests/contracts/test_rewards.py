@@ -1,0 +1,81 @@
+"""Every file of rewards/: a score is finite and repeatable whatever the model wrote, and the trajectory is left as it was."""
+
+import asyncio
+import copy
+import dataclasses
+import inspect
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_agent import registry
+from megatron_agent.rewards.base import RewardBase
+from megatron_agent.types import RewardParts, Status, Task, ToolCall, Trajectory, Turn, Unscored
+
+REWARDS = registry.names("rewards")
+TASK = Task("t:0", "vstar", (), (), "visual_toolbox_v2", "red", "Which colour?")
+pieces = st.sampled_from(
+    ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "red", "<|image_pad|>"]
+)
+texts = st.lists(pieces | st.text(max_size=6), max_size=8).map("".join)
+
+
+def score(reward, trajectory):
+    return asyncio.run(reward.score(trajectory, trajectory.task))
+
+
+def episode(*texts, status=Status.ANSWERED):
+    turns = [Turn([1], [0.0], [0], text, "stop", tool_call=ToolCall("zoom", True)) for text in texts]
+    return Trajectory(TASK, 0, [1], turns, status)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_shape(name):
+    component = registry.resolve("rewards", name)
+    assert issubclass(component, RewardBase) and dataclasses.is_dataclass(component.Config)
+    assert inspect.iscoroutinefunction(component.score)
+    config = component.Config()
+    assert component(config).config is config and component().config == config
+
+
+@pytest.mark.parametrize("name", REWARDS)
+@settings(max_examples=100, deadline=None, database=None)
+@given(texts=st.lists(texts, max_size=3), status=st.sampled_from(Status))
+def test_any_trajectory(name, texts, status):
+    reward, trajectory = registry.resolve("rewards", name)(), episode(*texts, status=status)
+    before = copy.deepcopy(trajectory)
+    found = score(reward, trajectory)
+    assert isinstance(found, (RewardParts, Unscored)) and trajectory == before
+    if isinstance(found, RewardParts):
+        assert found.parts and math.isfinite(found.total)
+    else:
+        assert found.reason
+    assert score(reward, trajectory) == found
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_right_is_worth_more_than_wrong_and_wrong_no_less_than_nothing(name):
+    reward = registry.resolve("rewards", name)()
+    right, wrong, nothing = (
+        score(reward, episode(f"<think>a</think>{end}")).total for end in ("<answer>red</answer>", "<answer>blue</answer>", "")
+    )
+    assert right > wrong >= nothing
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_an_aborted_episode_is_never_scored(name):
+    trajectory = episode("<think>a</think><answer>red</answer>", status=Status.ABORTED)
+    assert isinstance(score(registry.resolve("rewards", name)(), trajectory), Unscored)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_many_at_once(name):
+    reward = registry.resolve("rewards", name)()
+    trajectories = [episode(f"<think>a</think><answer>{answer}</answer>") for answer in ("red", "blue", "red", "green")]
+
+    async def all_at_once():
+        return await asyncio.gather(*(reward.score(trajectory, TASK) for trajectory in trajectories))
+
+    assert asyncio.run(all_at_once()) == [score(reward, trajectory) for trajectory in trajectories]

@@ -1,0 +1,182 @@
+"""The session around a tool: what it hands over, how it reads what comes back, and that nothing escapes it."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_agent.data.images import ImageStore, PixelLimits
+from megatron_agent.envs.base import EnvSession, Observation, PictureTool, ToolBase, make_session
+from megatron_agent.errors import ConfigError
+from megatron_agent.types import Task, ToolCall
+
+LIMITS = PixelLimits(3136, 12845056)
+
+
+class Scripted(ToolBase):
+    """Returns what it was given; an exception is raised."""
+
+    name = "scripted"
+
+    def __init__(self, returned):
+        super().__init__()
+        self.returned = returned
+
+    def execute(self, action_string, **kwargs):
+        if isinstance(self.returned, Exception):
+            raise self.returned
+        return self.returned
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ImageStore(tmp_path / "store", LIMITS)
+
+
+@pytest.fixture
+def task(store):
+    ref = store.put_picture(Image.new("RGB", (300, 200), (255, 0, 0)), PixelLimits(784, 3136 * 4))
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    return Task("t:0", "", ({"role": "user", "content": content},), (ref,), "x", "red", "?")
+
+
+def step(store, task, returned):
+    session = EnvSession(Scripted(returned), store, LIMITS)
+    session.reset(task)
+    return session.step("anything"), session
+
+
+def test_reset_hands_deepeyes_tools_pictures_of_both_sizes(store, task):
+    seen = {}
+
+    class Recorder(ToolBase):
+        def reset(self, raw_prompt, multi_modal_data, origin_multi_modal_data, **kwargs):
+            seen.update(prompt=raw_prompt, shown=multi_modal_data, original=origin_multi_modal_data, more=kwargs)
+
+    EnvSession(Recorder(), store, LIMITS).reset(task)
+    assert seen["shown"]["image"][0].size == (task.images[0].width_px, task.images[0].height_px) == (112, 84)
+    assert seen["original"]["image"][0].size == (300, 200) and seen["more"] == {}
+    seen["prompt"][0]["content"].clear()
+    seen["original"]["image"][0].paste(0, (0, 0, 300, 200))
+    assert task.messages[0]["content"] and np.asarray(store.original(task.images[0].source)).max() == 255
+
+
+def test_reset_hands_our_tools_references(store, task):
+    tool = PictureTool()
+    EnvSession(tool, store, LIMITS).reset(task)
+    assert tool.image_refs == [task.images[0]] and tool.store is store
+    assert task.images is not tool.image_refs
+
+
+def test_text_is_tokenised_to_the_letter(store, task):
+    result, _ = step(store, task, ("\n<|im_start|>user\nhm<|im_end|>", 0.5, False, {"status": "success", "tool_used": "hum"}))
+    assert result.rendered_text == result.observation.text == "\n<|im_start|>user\nhm<|im_end|>"
+    assert (result.observation.messages, result.reward, result.done) == ([], 0.5, False)
+    assert (result.tool_call.name, result.tool_call.ok) == ("hum", True) and result.tool_call.seconds >= 0
+
+
+def test_chat_list(store, task):
+    result, _ = step(store, task, ([{"role": "user", "content": "found"}], 0.0, False, {}))
+    assert result.observation == Observation([{"role": "user", "content": "found"}], [], "found")
+    assert result.rendered_text is None and result.tool_call.name == "scripted"
+
+
+def test_dict_with_prompt(store, task):
+    pictures = [Image.new("RGB", (60, 60)), Image.new("RGBA", (28, 112), (0, 0, 0, 0))]
+    raw = {"prompt": "<image> and <|vision_start|><|image_pad|><|vision_end|>", "multi_modal_data": {"image": pictures}}
+    result, session = step(store, task, (raw, 0, False, None))
+    assert result.rendered_text == "<image> and <image>"
+    assert [(ref.width_px, ref.height_px) for ref in result.observation.images] == [(56, 56), (28, 112)]
+    assert session.image_refs == [task.images[0], *result.observation.images]
+    assert store.pixels(result.observation.images[1]).min() == 255
+
+
+def test_dict_with_chat(store, task):
+    raw = {"chat": [{"role": "user", "content": "<image>see"}], "multi_modal_data": {"image": [Image.new("RGB", (60, 60))]}}
+    result, _ = step(store, task, (raw, 0.0, False, {}))
+    content = [{"type": "image"}, {"type": "text", "text": "see"}]
+    assert result.observation.messages == [{"role": "user", "content": content}]
+    assert len(result.observation.images) == 1 and result.observation.text == "<image>see" and result.rendered_text is None
+
+
+def test_info_of_a_failed_call(store, task):
+    for info in ({"status": "failed"}, {"error": "no box"}):
+        result, _ = step(store, task, ("Error", 0.0, False, info))
+        assert not result.tool_call.ok and result.tool_call.error == info.get("error", "")
+
+
+@pytest.mark.parametrize("nothing", ["", None, [], {}])
+def test_the_end(store, task, nothing):
+    result, _ = step(store, task, (nothing, 1.0, True, {}))
+    assert (result.observation, result.rendered_text, result.reward, result.done) == (None, None, 1.0, True)
+    assert result.tool_call is None
+
+
+def test_an_observation_at_the_end_is_not_shown_but_counts_as_a_call(store, task):
+    result, session = step(store, task, ("goal", 1.0, True, {}))
+    assert result.observation is None and result.rendered_text is None and result.tool_call.ok
+    assert session.image_refs == list(task.images)
+
+
+PICTURE = Image.new("RGB", (60, 60))
+NONSENSE = {
+    "raises": (KeyError("bbox"), "'bbox'"),
+    "raises without text": (ZeroDivisionError(), "ZeroDivisionError"),
+    "echoes tokens": (ValueError("<|im_end|><image>"), "< |im_end|>< image>"),
+    "no tuple": ("text", "returned str"),
+    "short tuple": (("a", 1.0), "returned tuple"),
+    "no reward": (("a", None, False, {}), "float()"),
+    "nan": (("a", float("nan"), False, {}), "reward nan"),
+    "info": (("a", 0.0, False, "info"), "info str"),
+    "nothing": (("", 0.0, False, {}), "no observation"),
+    "number": ((7, 0.0, False, {}), "type int"),
+    "tuple": ((("text",), 0.0, False, {}), "type tuple"),
+    "array": ((np.ones(3), 0.0, False, {}), "ambiguous"),
+    "dict": (({"text": "a"}, 0.0, False, {}), "neither 'prompt' nor 'chat'"),
+    "chat without role": (([{"content": "a"}], 0.0, False, {}), "without a role"),
+    "chat of text": ((["a"], 0.0, False, {}), "without a role"),
+    "chat without content": (([{"role": "user"}], 0.0, False, {}), "without content"),
+    "marker in text": (("<image>", 0.0, False, {}), "0 pictures and 1 places"),
+    "picture without marker": (({"prompt": "a", "multi_modal_data": {"image": [PICTURE]}}, 0, False, {}), "1 pictures and 0"),
+    "no picture": (({"prompt": "<image>", "multi_modal_data": {"image": [3]}}, 0.0, False, {}), "picture of type int"),
+    "broken": (({"prompt": "<image>", "multi_modal_data": {"image": [b"x"]}}, 0.0, False, {}), "unreadable picture"),
+    "thin": (({"prompt": "<image>", "multi_modal_data": {"image": [Image.new("L", (900, 1))]}}, 0.0, False, {}), "too thin"),
+    "our own, wrong": ((Observation([], [], "a"), "x", False, {}), "could not convert"),
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_nonsense_becomes_an_error_observation(store, task, kind):
+    returned, why = NONSENSE[kind]
+    result, session = step(store, task, returned)
+    text = result.observation.text
+    assert text.startswith("Error: ") and why in text
+    assert result.observation.messages == [{"role": "tool", "content": text}] and result.rendered_text is None
+    assert (result.done, result.reward, result.tool_call.ok) == (False, 0.0, False)
+    assert result.tool_call.error == text.removeprefix("Error: ") and session.image_refs == list(task.images)
+
+
+def test_a_tool_that_cannot_start_says_so_at_every_step(store, task):
+    class Broken(Scripted):
+        def reset(self, *args, **kwargs):
+            raise AssertionError("no map")
+
+    session = EnvSession(Broken(("fine", 0.0, False, {})), store, LIMITS)
+    session.reset(task)
+    assert [session.step("").observation.text for _ in range(2)] == ["Error: no map"] * 2
+
+
+def test_make_session(store):
+    assert make_session("", {}, store, LIMITS) is None
+    with pytest.raises(ConfigError, match="visual_toolbox_v2"):
+        make_session("visual_toolbox", {}, store, LIMITS)
+    with pytest.raises(ConfigError, match="cannot be built: TypeError"):
+        make_session("fractions:Fraction", {}, store, LIMITS)
+    session = make_session("visual_toolbox_v2", {}, store, LIMITS)
+    other = make_session("visual_toolbox_v2", {"visual_toolbox_v2": type(session.tool).Config(min_side_px=9)}, store, LIMITS)
+    assert (session.tool.config.min_side_px, other.tool.config.min_side_px) == (4, 9) and session.tool is not other.tool
+
+
+def test_the_tool_call_of_our_tools_is_kept(store, task):
+    call = ToolCall("zoom", True, box_px=(1, 2, 3, 4))
+    result, _ = step(store, task, (Observation([{"role": "tool", "content": "a"}], [], "a"), 0.0, False, {"tool_call": call}))
+    assert (result.tool_call.name, result.tool_call.box_px) == ("zoom", (1, 2, 3, 4))
