@@ -7,11 +7,14 @@ PY := .venv/bin/python
 DATA := data/quickstart/seed$(SEED)
 NAME := $(if $(filter 0,$(SEED)),quickstart,quickstart-seed$(SEED))
 
+SEED_FILES := model.path=$(DATA)/model data.train_files=[$(DATA)/train.parquet] sft.files=[$(DATA)/warmup.parquet] \
+	evaluation.files=[$(DATA)/heldout.parquet] evaluation.without_tool_files=[$(DATA)/heldout_direct.parquet]
+
 .PHONY: quickstart test setup lint clean
 
 quickstart: .venv/.ready
 	$(PY) examples/quickstart/prepare_data.py --seed $(SEED) --out $(DATA)
-	$(PY) -m megatron_agent.train examples/quickstart/run.yaml name=$(NAME) seed=$(SEED) data_dir=$(DATA) $(ARGS)
+	$(PY) -m megatron_agent.train examples/quickstart/run.yaml name=$(NAME) seed=$(SEED) $(SEED_FILES) $(ARGS)
 
 test: .venv/.ready lint
 	$(PY) -m pytest -q tests

@@ -19,7 +19,7 @@ from megatron_agent.rollout.rollouts import Rollouts
 from megatron_agent.training.actor import Actor
 from megatron_agent.training.layout import megatron_pieces, vllm_pieces
 from megatron_agent.types import ShardCopy, Task
-from megatron_agent.weights.plan import make_plan
+from megatron_agent.weights.plan import make_plan, to_plain
 from megatron_agent.weights.transport import shared_folder
 
 log = logging.getLogger("megatron_agent")
@@ -113,7 +113,7 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
     stages = Stages(config, data, actor, rollouts, algorithm, plan)
     temperature = config.rollout.temperature
     trainer = asyncio.create_task(actor.set_up(config.model.family, config.model.path, temperature, config.seed))
-    info = {"plan": plan, "dtype": config.training.dtype}
+    info = {"plan": to_plain(plan), "dtype": config.training.dtype}
     engines = asyncio.create_task(pool.init_weight_transfer([info] * config.rollout.num_engines))
     return stages, [trainer, engines]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_agent.errors import ConfigError, DataError, EnvError
-from megatron_agent.rollout.engine import Generation, Sampling
+from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.types import ImageRef, Message, Status, Task, ToolCall, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIN_TURN_TOKENS = 4  # a turn with less room than this cannot say anything
+TURN_SEED_STRIDE = 1_000_003
 
 
 class Generate(Protocol):
@@ -84,7 +85,7 @@ async def run_episode(
 
     waits for: `generate` (an engine), the tool (in `tool_pool`, at most `agent.tool_timeout_s`).
     unblocked by: the end of the turn, the tool's answer or its deadline.
-    produces: a Trajectory without reward. `sampling.max_tokens` and `stop` are set here, turn by turn.
+    produces: a Trajectory without reward. `max_tokens`, `stop` and the turn's own seed are set in `sampling` here.
     Raises DataError for a task whose pictures and messages do not match, EngineError when no engine is left.
     """
     episode = _Episode(task, sample_index, generate, renderer, agent, sampling, max_model_len, tool_pool)
@@ -124,8 +125,7 @@ class _Episode:
             if room_tokens < MIN_TURN_TOKENS or len(self.images) > self.agent.max_vllm_images:
                 return Status.CONTEXT_FULL
             max_tokens = min(self.agent.single_response_max_tokens, room_tokens)
-            stop = tuple(self.agent.custom_stop)
-            sampling = replace(self.sampling, max_tokens=max_tokens, stop=stop)
+            sampling = self._sampling_of(turn_index, max_tokens)
             turn, ended = self._turn_of(await self.generate(self.row, self.images, sampling))
             trajectory.turns.append(turn)
             self.row = self.row + turn.token_ids  # a new list: the engine may still hold the old one
@@ -144,6 +144,12 @@ class _Episode:
             if not self._observe(turn, result):
                 return Status.CONTEXT_FULL
         raise AssertionError("unreachable: the last turn always returns")
+
+    def _sampling_of(self, turn_index: int, max_tokens: int) -> Sampling:
+        # One seed for all turns would draw the same random numbers in each of them.
+        seed = self.sampling.seed
+        seed = None if seed is None else (seed + turn_index * TURN_SEED_STRIDE) % 2**31
+        return replace(self.sampling, max_tokens=max_tokens, stop=tuple(self.agent.custom_stop), seed=seed)
 
     def _turn_of(self, generation: Generation) -> tuple[Turn, Status | None]:
         """The turn, and how the episode ends with it if it does.

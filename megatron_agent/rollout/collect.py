@@ -67,9 +67,9 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     if not trajectories:
         return {}
     metrics = _reward_metrics(trajectories)
-    metrics["response/tokens"] = statistics.fmean(t.num_response_tokens for t in trajectories)
-    metrics["response/turns"] = statistics.fmean(len(t.turns) for t in trajectories)
-    metrics["response/seconds"] = statistics.fmean(t.seconds for t in trajectories)
+    metrics["response_tokens"] = statistics.fmean(t.num_response_tokens for t in trajectories)
+    metrics["response_turns"] = statistics.fmean(len(t.turns) for t in trajectories)
+    metrics["response_seconds"] = statistics.fmean(t.seconds for t in trajectories)
     for status in Status:
         metrics[f"status/{status.value}"] = sum(t.status is status for t in trajectories) / len(trajectories)
     return metrics | _tool_metrics([t for t in trajectories if t.task.env_name])
@@ -77,16 +77,16 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
 
 def _reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     scored = [t.reward for t in trajectories if isinstance(t.reward, RewardParts)]
-    metrics = {"reward/unscored": sum(isinstance(t.reward, Unscored) for t in trajectories) / len(trajectories)}
+    metrics = {"unscored": sum(isinstance(t.reward, Unscored) for t in trajectories) / len(trajectories)}
     if not scored:
         return metrics
     totals = [reward.total for reward in scored]
-    metrics |= {"reward/mean": statistics.fmean(totals), "reward/std": statistics.pstdev(totals)}
+    metrics |= {"reward": statistics.fmean(totals), "reward_std": statistics.pstdev(totals)}
     for name in sorted({name for reward in scored for name in reward.parts}):
         values = [reward.parts[name] for reward in scored if name in reward.parts]
-        metrics[f"reward/part/{name}"] = statistics.fmean(values)
-    if f"reward/part/{ACCURACY_PART}" in metrics:
-        metrics["accuracy"] = metrics[f"reward/part/{ACCURACY_PART}"]
+        metrics[f"reward/{name}"] = statistics.fmean(values)
+    if f"reward/{ACCURACY_PART}" in metrics:
+        metrics["accuracy"] = metrics[f"reward/{ACCURACY_PART}"]
     return metrics
 
 
@@ -95,14 +95,14 @@ def _tool_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         return {}
     calls = [call for t in trajectories for call in t.tool_calls]
     metrics = {
-        "tool/rate": sum(any(call.ok for call in t.tool_calls) for t in trajectories) / len(trajectories),
+        "tool_rate": sum(any(call.ok for call in t.tool_calls) for t in trajectories) / len(trajectories),
         "tool/calls": len(calls) / len(trajectories),
         "tool/errors": float(sum(not call.ok for call in calls)),
         "tool/seconds": statistics.fmean([call.seconds for call in calls] or [0.0]),
     }
     overlaps = [best_iou(t) for t in trajectories if target_box(t.task) is not None]
     if overlaps:
-        metrics["tool/iou"] = statistics.fmean(overlaps)
+        metrics["iou"] = statistics.fmean(overlaps)
     return metrics
 
 

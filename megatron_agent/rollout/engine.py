@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import ConfigError, EngineError, WeightSyncError
+from megatron_agent.rollout.generation import Generation, Sampling, first_difference, versions_of
 from megatron_agent.types import ImageRef
 
 if TYPE_CHECKING:
@@ -78,50 +79,6 @@ class RolloutConfig:
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one turn is sampled; `max_tokens` bounds it, `stop` are strings that end it (and stay in it)."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 512
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    banned_token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One turn as it was sampled: three lists of equal length, and why it ended ("stop", "length", "aborted").
-
-    `logprobs` are natural, under the distribution that was sampled from (after temperature, top-p and top-k);
-    `weight_versions` says which weights made each token, 0 being those of the checkpoint.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    weight_versions: list[int]
-    stop_reason: str
-
-
-def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
-    """Where two rows part, in words."""
-    for index, (left, right) in enumerate(itertools.zip_longest(ours, theirs)):
-        if left != right:
-            return f"at token {index}: {left} in our row, {right} in vLLM's (lengths {len(ours)} and {len(theirs)})"
-    return "nowhere"
-
-
-def versions_of(output: Any, num_tokens: int) -> list[int]:
-    """vLLM's spans of weight versions -> one int per token ("default", the checkpoint as loaded, is 0)."""
-    versions = [0] * num_tokens
-    for span in output.weight_versions or ():
-        version = 0 if span.version == "default" else int(span.version)
-        versions[span.start : span.end] = [version] * (span.end - span.start)
-    return versions
 
 
 class Engine:
@@ -223,7 +180,7 @@ class Engine:
             if final.outputs[0].finish_reason != "error":
                 break
         else:
-            raise EngineError("vLLM lost the pictures of a request three times; see its log")
+            raise EngineError(f"vLLM failed {CACHE_MISS_ATTEMPTS} times on one request (its picture caches disagree?); see its log")
         if final.prompt_token_ids != row:
             raise EngineError(
                 f"vLLM expanded the prompt to another row, {first_difference(row, final.prompt_token_ids or [])}; "
@@ -302,11 +259,16 @@ class Engine:
 
     async def describe(self) -> list[dict[str, tuple[int, ...]]]:
         """Parameter name -> shape of every worker, as vLLM holds them (needs the worker extension)."""
-        return await self.llm.collective_rpc("describe_parameters")
+        workers = await self.llm.collective_rpc("describe_parameters")
+        return [{name: tuple(shape) for name, shape in worker.items()} for worker in workers]
 
     async def checksums(self) -> list[dict[str, str]]:
         """Checksum of every parameter, per worker."""
         return await self.llm.compute_weight_checksums()
+
+    async def is_alive(self) -> bool:
+        """Whether vLLM's processes still serve; after False every request would fail."""
+        return not self.llm.errored
 
     async def stats(self) -> dict[str, float]:
         """Counts since the start, and the share of prompt tokens that the prefix cache had."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_agent.errors import EngineError
-from megatron_agent.rollout.engine import Generation, Sampling
+from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.types import ImageRef
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,26 @@ class EnginePool:
             try:
                 return await self._handles[index].generate.remote(row, images, sampling)
             except RayActorError as error:
-                logger.error("rollout engine %d died, %d left: %s", index, len(self._handles) - 1, error)
-                self._handles.pop(index, None)
+                self._drop(index, error)
             except RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+                cause = error.as_instanceof_cause()
+                if not isinstance(cause, EngineError) or await self._is_alive(index):
+                    raise cause from None
+                self._drop(index, error)
             finally:
                 self._tokens_in_flight[index] -= cost_tokens
+
+    async def _is_alive(self, index: int) -> bool:
+        from ray.exceptions import RayError
+
+        try:
+            return index in self._handles and await self._handles[index].is_alive.remote()
+        except RayError:
+            return False
+
+    def _drop(self, index: int, error: Exception) -> None:
+        if self._handles.pop(index, None) is not None:
+            logger.error("rollout engine %d died, %d left: %s", index, len(self._handles), error)
 
     async def sync_weights(self, updates: Sequence[dict[str, Any]], version: int) -> None:
         """Give every living engine its update (`updates[i]` is engine i's). Raises WeightSyncError when one fails.

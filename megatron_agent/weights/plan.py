@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import astuple
 from math import prod
 
 from megatron_agent.errors import WeightSyncError
@@ -64,3 +65,15 @@ def make_plan(sources: Sequence[Sequence[Piece]], targets: Sequence[Sequence[Pie
                     f"{want.hf_name} are held by no training rank; the two sides are of different models"
                 )
     return copies
+
+
+def to_plain(plan: Sequence[ShardCopy]) -> list[list]:
+    """Lists of numbers and names, for messages that carry no classes."""
+    return [list(astuple(copy)) for copy in plan]
+
+
+def from_plain(rows: Sequence[Sequence]) -> list[ShardCopy]:
+    def box(bounds: Sequence[Sequence[int]]) -> Slices:
+        return tuple((start, stop) for start, stop in bounds)
+
+    return [ShardCopy(r[0], r[1], box(r[2]), r[3], r[4], box(r[5])) for r in rows]

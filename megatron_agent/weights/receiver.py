@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from megatron_agent.errors import WeightSyncError
 from megatron_agent.models.mapping import as_index
 from megatron_agent.types import ShardCopy
+from megatron_agent.weights.plan import from_plain
 from megatron_agent.weights.transport import read_shards
 
 BACKEND = "megatron_agent"
@@ -25,9 +26,10 @@ BACKEND = "megatron_agent"
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """The whole plan; every vLLM rank takes the copies that are meant for it."""
+    """The whole plan, as `weights.plan.to_plain` writes it (vLLM's messages carry no classes); every vLLM rank takes the
+    copies that are meant for it."""
 
-    plan: list[ShardCopy]
+    plan: list[list]
     dtype: str
 
 
@@ -47,7 +49,7 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         rank = self.parallel_config.rank % self.parallel_config.tensor_parallel_size
-        self._mine = [(i, c) for i, c in enumerate(init_info.plan) if c.dst_rank == rank]
+        self._mine = [(i, c) for i, c in enumerate(from_plain(init_info.plan)) if c.dst_rank == rank]
         self._dtype = getattr(torch, init_info.dtype)
         self._modules = dict(self.model.named_modules())
         named = dict(self.model.named_parameters())
@@ -89,8 +91,14 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             target[as_index(copy.dst_slice)].copy_(shard)
         if emptied:
             module.weight = torch.nn.Parameter(target, requires_grad=False)
-        if leaf == "weight" and (emptied or hasattr(module, "cpu_linear")):
-            module.quant_method.process_weights_after_loading(module)  # packs it again
+        if leaf == "weight":
+            for user in self._users_of(module.weight):
+                if emptied or hasattr(user, "cpu_linear"):
+                    user.quant_method.process_weights_after_loading(user)  # packs it again
+
+    def _users_of(self, weight: torch.nn.Parameter) -> list[Any]:
+        """Every module that computes from `weight`: a tied head has its own packed copy of the embedding."""
+        return [m for m in self._modules.values() if m._parameters.get("weight") is weight]
 
     def finish_weight_update(self) -> None:
         pass

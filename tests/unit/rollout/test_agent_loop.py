@@ -12,7 +12,7 @@ import pytest
 from megatron_agent.envs.base import Observation, StepResult
 from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.rollout.agent_loop import AgentConfig, run_episode, scripted_generate
-from megatron_agent.rollout.engine import Generation, Sampling
+from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.types import ImageRef, Status, Task, ToolCall
 
 PICTURE = ImageRef("original", 84, 56)
@@ -98,6 +98,18 @@ def test_every_call_of_the_model_sees_the_row_so_far(renderer):
         trajectory.token_ids[: -len(trajectory.turns[1].token_ids)],
     ]
     assert [rest for _, *rest in rows] == [[[PICTURE], 9, ("</tool_call>",)], [[PICTURE, CROP], 9, ("</tool_call>",)]]
+
+
+def test_every_turn_has_random_numbers_of_its_own(renderer):
+    scripted, seeds = scripted_generate(("zoom", "zoom", "red"), renderer), []
+
+    async def generate(row, images, sampling):
+        seeds.append(sampling.seed)
+        return await scripted(row, images, sampling)
+
+    agent, sampling = AgentConfig(), Sampling(seed=2**31 - 1)
+    asyncio.run(run_episode(TASK, 0, generate, renderer, lambda _: ToolSession(), agent, sampling, 2048))
+    assert seeds == [2**31 - 1, 1_000_002, 2_000_005]
 
 
 def test_without_agent_or_tool_there_is_one_turn(renderer):

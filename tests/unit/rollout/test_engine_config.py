@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_agent.errors import ConfigError
-from megatron_agent.rollout.engine import RolloutConfig, first_difference, versions_of
+from megatron_agent.rollout.engine import RolloutConfig
+from megatron_agent.rollout.generation import first_difference, versions_of
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import asyncio
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from megatron_agent.errors import EngineError
-from megatron_agent.rollout.engine import Generation, Sampling
+from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.rollout.pool import EnginePool
 
 
@@ -67,6 +67,28 @@ def test_a_dead_engine_hands_its_trajectories_on():
     assert engines == [0, 1]
     assert handles[1].rows == [[1, 2]]
     assert (handles[0].versions, handles[1].versions) == ([], [({"n": 1}, 4)])
+
+
+def test_an_engine_whose_vllm_died_is_left_and_a_refused_request_is_raised():
+    class Broken(Handle):
+        def __init__(self, name, serves):
+            super().__init__(name)
+            self.is_alive = Remote(lambda: self._serves(serves))
+
+        async def _serves(self, serves):
+            return serves
+
+        async def _generate(self, row, images, sampling):
+            raise RayTaskError("generate", "traceback", EngineError("no")).as_instanceof_cause()
+
+    async def main():
+        pool = EnginePool([Broken(0, serves=False), Handle(1)])
+        assert (await pool.generate("a", [1], [], Sampling())).token_ids == [1]
+        assert len(pool.handles) == 1
+        with pytest.raises(EngineError):
+            await EnginePool([Broken(0, serves=True)]).generate("a", [1], [], Sampling())
+
+    asyncio.run(main())
 
 
 def test_an_empty_pool_is_refused():
