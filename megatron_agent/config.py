@@ -165,9 +165,8 @@ def parse(tree: dict) -> RunConfig:
     tree = dict(tree)
     env = tree.pop("env", None) or {}
     require(isinstance(env, dict), "env: a mapping of env names to their options")
-    components: dict[str, Any] = {
-        "env": {name: build(registry.resolve("envs", name).Config, options or {}, f"env.{name}") for name, options in env.items()}
-    }
+    env_configs = {k: build(registry.resolve("envs", k).Config, options or {}, f"env.{k}") for k, options in env.items()}
+    components: dict[str, Any] = {"env": env_configs}
     for section, kind, default in (("reward", "rewards", "vl_agent"), ("algorithm", "algorithms", "grpo")):
         options = dict(tree.pop(section, None) or {})
         name = options.pop("name", default)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
+from typing import Any
 
 from megatron_agent.errors import ConfigError
 
@@ -20,7 +21,7 @@ def names(kind: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def resolve(kind: str, name: str) -> type:
+def resolve(kind: str, name: str) -> Any:
     """`resolve("envs", "visual_toolbox_v2")` -> the class that this file exports as `COMPONENT`.
 
     `pkg.mod:Class` names a class of the user's own. Raises ConfigError with the nearest known name.

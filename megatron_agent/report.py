@@ -31,6 +31,7 @@ def summary(config: RunConfig, progress: Progress, metrics_path: Path) -> dict[s
     rows = [row for row in read_metrics(metrics_path) if row.get("phase") == "train"]
     before, after = (evaluated.get("heldout", {}) for evaluated in (progress.before, progress.after))
     gaps = [row["logprob_gap_mean"] for row in rows if row.get("logprob_gap_mean") is not None]
+    maxima = [row["logprob_gap_max"] for row in rows if row.get("logprob_gap_max") is not None]
     numbers: dict[str, object] = {}
     for name in ("accuracy", "tool_rate", "iou"):
         numbers[f"{name}_before"], numbers[f"{name}_after"] = before.get(name), after.get(name)
@@ -39,7 +40,7 @@ def summary(config: RunConfig, progress: Progress, metrics_path: Path) -> dict[s
         "chance": config.evaluation.chance,
         "logprob_gap_mean": sum(gaps) / len(gaps) if gaps else None,
         "logprob_gap_mean_worst_step": max(gaps, default=None),
-        "logprob_gap_max": max((row["logprob_gap_max"] for row in rows if row.get("logprob_gap_max") is not None), default=None),
+        "logprob_gap_max": max(maxima, default=None),
         "num_steps": progress.step,
         "num_trajectories": progress.num_trajectories,
         "seconds_setup": round(progress.seconds_setup, 1),

@@ -26,7 +26,8 @@ def lr_at(config: SftSection, step: int) -> float:
 
 def row_order(num_rows: int, num_steps: int, rows_per_step: int, seed: int) -> list[list[int]]:
     """Rows of every step: pass after pass over all rows, each in an order drawn from the seed."""
-    rng, order = random.Random(seed), []
+    rng = random.Random(seed)
+    order: list[int] = []
     while len(order) < num_steps * rows_per_step:
         order += rng.sample(range(num_rows), num_rows)
     return [order[i * rows_per_step : (i + 1) * rows_per_step] for i in range(num_steps)]

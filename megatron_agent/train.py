@@ -56,9 +56,9 @@ async def train(config: RunConfig) -> Progress:
                     await one_step(parts, progress, step, boards, stop)
                     progress.seconds_train += time.perf_counter() - began_s
                     began_s = time.perf_counter()
-                    if config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
+                    if is_due(step, config.checkpoint.every_steps):
                         await progress.save(parts)
-                    if config.evaluation.every_steps and step % config.evaluation.every_steps == 0 < config.training.num_steps - step:
+                    if is_due(step, config.evaluation.every_steps) and step < config.training.num_steps:
                         await evaluate_all(parts, progress, "between", boards, stop)
             except StopRequested:
                 await progress.save(parts)
@@ -70,6 +70,10 @@ async def train(config: RunConfig) -> Progress:
         return progress
     finally:
         cluster.stop_ray()
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
 
 
 async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards, stop: StopSignal) -> None:
@@ -104,8 +108,10 @@ async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards,
 async def evaluate_all(parts: Stages, progress: Progress, when: str, boards: Boards, stop: StopSignal) -> None:
     """Held-out episodes with the tool and, before and after, the same questions without it."""
     began_s = time.perf_counter()
-    for name, phase, tasks in (("heldout", "eval", parts.data.heldout), ("without_tool", "eval_without_tool", parts.data.without_tool)):
-        if not tasks or (name == "without_tool" and when == "between"):
+    data = parts.data
+    kinds = [("heldout", "eval", data.heldout), ("without_tool", "eval_without_tool", data.without_tool)]
+    for name, phase, tasks in kinds[:1] if when == "between" else kinds:
+        if not tasks:
             continue
         metrics, trajectories = await stop.or_done(evaluate(parts.rollouts, tasks), f"evaluation on {name}", boards)
         progress.keep_evaluation(when, name, metrics, trajectories)

@@ -1,7 +1,7 @@
 """The dataclasses that cross a boundary between stages; nothing else does (no dict, no bag of tensors).
 
-    dataset --Task--> rollout --Trajectory, TrajectoryGroup--> samples --TrainSample--> MicroBatch --> actor
-                                                                              Megatron --ShardCopy--> vLLM
+dataset --Task--> rollout --Trajectory, TrajectoryGroup--> samples --TrainSample--> MicroBatch --> actor
+                                                                          Megatron --ShardCopy--> vLLM
 """
 
 from __future__ import annotations

@@ -88,10 +88,12 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     known = re.compile("|".join(map(re.escape, SPECIAL_TOKENS + PLAIN_TOKENS)))
     pieces = [piece for text in texts for piece in known.split(text) if piece]
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\d|[?.]|[^\s\d?.]+ ?|\s"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d|[?.]|[^\s\d?.]+ ?|\s"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=2048, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_agent.types import LossInputs, LossOutputs, TrainSample
 
@@ -20,8 +20,8 @@ class Algorithm(ABC):
     class Config:
         pass
 
-    def __init__(self, config: Config | None = None) -> None:
-        self.config = config or self.Config()
+    def __init__(self, config: Any = None) -> None:
+        self.config: Any = config or self.Config()
 
     @abstractmethod
     def advantages(self, samples: Sequence[TrainSample]) -> list[list[float]]:

@@ -26,8 +26,6 @@ class GRPO(Algorithm):
                 if not 0 < getattr(self, name) < 1:
                     raise ConfigError(f"algorithm.{name}={getattr(self, name)}: must lie between 0 and 1")
 
-    config: Config
-
     def advantages(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         return spread(samples, group_normalised(samples, self.config.normalise_std))
 

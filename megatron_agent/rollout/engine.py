@@ -180,7 +180,7 @@ class Engine:
             if final.outputs[0].finish_reason != "error":
                 break
         else:
-            raise EngineError(f"vLLM failed {CACHE_MISS_ATTEMPTS} times on one request (its picture caches disagree?); see its log")
+            raise EngineError(f"vLLM failed {CACHE_MISS_ATTEMPTS} times on one request; see its log")
         if final.prompt_token_ids != row:
             raise EngineError(
                 f"vLLM expanded the prompt to another row, {first_difference(row, final.prompt_token_ids or [])}; "
@@ -225,7 +225,7 @@ class Engine:
             detokenize=bool(sampling.stop),  # text is only needed to find stop strings
             include_stop_str_in_output=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            logit_bias={token_id: BANNED_LOGIT_BIAS for token_id in sampling.banned_token_ids} or None,
+            logit_bias=dict.fromkeys(sampling.banned_token_ids, BANNED_LOGIT_BIAS) or None,
             skip_clone=True,
         )
 

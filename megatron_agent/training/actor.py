@@ -114,8 +114,8 @@ class Actor:
         for found, stats in await self._all("logprobs", ray.put(samples), self._plan(samples)):
             gap.merge(stats)
             for index, values in found.items():
-                row, values = [0.0] * samples[index].num_tokens, iter(values)
-                samples[index].old_logprobs_T = [next(values) if own else v for own, v in zip(samples[index].action_mask_T, row)]
+                of_actions = iter(values)
+                samples[index].old_logprobs_T = [next(of_actions) if own else 0.0 for own in samples[index].action_mask_T]
         return gap
 
     def _plan(self, samples: list[TrainSample]) -> list[list[list[int]]]:

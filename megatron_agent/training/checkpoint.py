@@ -131,7 +131,8 @@ def _metadata() -> dict[str, Any]:
 def _sharded_state(model: MegatronModel, is_loading: bool) -> dict[str, Any]:
     metadata = _metadata()
     weights = model.module.sharded_state_dict(metadata=metadata)
-    return {"model": weights, "optimizer": model.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)}
+    optimizer = model.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return {"model": weights, "optimizer": optimizer}
 
 
 def save_megatron(model: MegatronModel, folder: Path) -> None:

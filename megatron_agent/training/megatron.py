@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ class MegatronModel:
             ),
             module,
         )
-        self.module = module.module if dtype == "bfloat16" else module
+        self.module: Any = module.module if dtype == "bfloat16" else module
         self.reset_optimizer(lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), clip_grad=1.0)
 
     def reset_optimizer(self, lr: float, weight_decay: float, betas: tuple[float, float], clip_grad: float) -> None:
@@ -139,9 +140,7 @@ class MegatronModel:
 
     def _logprobs(self, logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         vocab_size: int = self.family.text.vocab_size  # type: ignore[attr-defined]
-        return vocab_parallel_logprobs(
-            logits, batch.target_ids_R, vocab_size, self.temperature, self.at.tensor, self.tp_group
-        )
+        return vocab_parallel_logprobs(logits, batch.target_ids_R, vocab_size, self.temperature, self.at.tensor, self.tp_group)
 
     def _loss(
         self, logits: torch.Tensor, batch: MicroBatch, *, algorithm: Algorithm, denominator_tokens: int, stats: LossStats
@@ -191,7 +190,7 @@ def mark_tensor_parallel(module: torch.nn.Module, names: set[str]) -> None:
     Megatron marks them while it initialises weights, which is skipped here (perform_initialization=False).
     """
     for name, parameter in module.named_parameters():
-        parameter.tensor_model_parallel = name in names
+        parameter.tensor_model_parallel = name in names  # type: ignore[attr-defined]
 
 
 def to_device(batch: MicroBatch) -> MicroBatch:

@@ -29,7 +29,7 @@ def file_name(src_rank: int, dst_rank: int) -> str:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def write_shards(folder: Path, src_rank: int, shards: Sequence[tuple[ShardCopy, torch.Tensor]]) -> list[int]:

@@ -180,8 +180,10 @@ def test_new_weights_arrive_under_way(engine, models, renderer, store):
     import ray
 
     row, images = prompt(renderer, store, seed=20)
-    running = [engine.generate.remote(row, images, Sampling(max_tokens=256, seed=s, banned_token_ids=tuple(renderer.stop_token_ids)))
-               for s in range(16)]  # fmt: skip
+    banned = tuple(renderer.stop_token_ids)
+    running = [
+        engine.generate.remote(row, images, Sampling(max_tokens=256, seed=s, banned_token_ids=banned)) for s in range(16)
+    ]
     time.sleep(0.5)
     ray.get(engine.sync_weights.remote({"path": models[1] + "/model.safetensors"}, 3))
     turns = ray.get(running)

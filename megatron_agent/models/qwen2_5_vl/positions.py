@@ -25,7 +25,9 @@ def mrope_positions(token_ids: np.ndarray, image_token_id: int, grids: Sequence[
         start = int(remaining[0])
         stop = start + time * rows * columns
         if stop > len(token_ids) or not is_image[start:stop].all():
-            raise ValueError(f"picture at token {start}: expected {time * rows * columns} image tokens for grid {(time, rows, columns)}")
+            raise ValueError(
+                f"picture at token {start}: expected {stop - start} image tokens for its {time}x{rows}x{columns} grid"
+            )
         positions[:, at:start] = next_position + np.arange(start - at)
         next_position += start - at
         positions[:, start:stop] = next_position + np.indices((time, rows, columns)).reshape(3, -1)

@@ -63,8 +63,8 @@ def _layer(text: TextConfig, layer: int, transformer_engine: bool) -> list[Entry
         for kind, shape in (("weight", (heads * d, h)), ("bias", (heads * d,))):
             rows.append(entry(f"{hf}.self_attn.{part}_proj.{kind}", shape, f"{mg}.self_attention.linear_qkv.{kind}", ours,
                               layer, f"{vl}.self_attn.qkv_proj.{kind}", theirs))  # fmt: skip
-    for part, name in enumerate(("gate_proj", "up_proj")):
-        stacked = Stacked(part, (ffn, ffn))
+    for index, name in enumerate(("gate_proj", "up_proj")):
+        stacked = Stacked(index, (ffn, ffn))
         rows.append(entry(f"{hf}.mlp.{name}.weight", (ffn, h), f"{mg}.mlp.linear_fc1.weight", stacked, layer,
                           f"{vl}.mlp.gate_up_proj.weight", stacked))  # fmt: skip
     columns = Split(1)
@@ -101,8 +101,8 @@ def vision_table(vision: VisionConfig) -> list[Entry]:
             for part in "qkv":
                 add(f"{b}.attn.qkv.{kind}", (3 * h, *tail), f"{b}.attn.qkv.{kind}",
                     Heads(part, vision.num_heads, vision.num_heads, d, interleaved=False, fused_hf=True))  # fmt: skip
-            for part_index, name in enumerate(("gate_proj", "up_proj")):
-                add(f"{b}.mlp.{name}.{kind}", (ffn, *tail), f"{b}.mlp.gate_up_proj.{kind}", Stacked(part_index, (ffn, ffn)))
+            for index, name in enumerate(("gate_proj", "up_proj")):
+                add(f"{b}.mlp.{name}.{kind}", (ffn, *tail), f"{b}.mlp.gate_up_proj.{kind}", Stacked(index, (ffn, ffn)))
         add(f"{b}.attn.proj.weight", (h, h), f"{b}.attn.proj.weight", Split(1))
         add(f"{b}.attn.proj.bias", (h,), f"{b}.attn.proj.bias", whole)
         add(f"{b}.mlp.down_proj.weight", (h, ffn), f"{b}.mlp.down_proj.weight", Split(1))
