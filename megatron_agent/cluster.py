@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import ConfigError
+from megatron_agent.reaper import MARK_VARIABLE
 
 if TYPE_CHECKING:
     from megatron_agent.config import RunConfig
@@ -20,11 +24,25 @@ def start_ray() -> None:
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    start_reaper()
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if not os.environ.get("RAY_ADDRESS"):
         # Actors ask for no CPUs: threads are assigned by the config, and two cores must hold four processes.
         options |= {"num_cpus": max(4, os.cpu_count() or 1), "object_store_memory": 512 << 20}
     ray.init(**options)
+
+
+def start_reaper() -> None:
+    """A process that outlives this one just long enough to end whatever this one leaves behind (reaper.py)."""
+    mark = uuid.uuid4().hex[:12]
+    environment = {name: value for name, value in os.environ.items() if name != MARK_VARIABLE}
+    subprocess.Popen(
+        [sys.executable, "-m", "megatron_agent.reaper", mark, str(os.getpid())],
+        stdin=subprocess.PIPE,  # held open, never written to: it ends when this process does
+        start_new_session=True,  # Ctrl-C goes to the whole foreground group
+        env=environment,
+    )
+    os.environ[MARK_VARIABLE] = mark
 
 
 def gpu_shares(config: RunConfig, num_gpus: int) -> tuple[float, float]:

@@ -45,9 +45,10 @@ def check(config: RunConfig) -> ModelFamily:
     return family
 
 
-def read_data(config: RunConfig, store: ImageStore) -> Data:
-    """Raises DataError, ConfigError."""
+def read_data(config: RunConfig, store: ImageStore, with_warmup: bool = True) -> Data:
+    """`with_warmup` False: a run that goes on after its warm start. Raises DataError, ConfigError."""
     reports: dict[str, DatasetReport] = {}
+    wants_warmup = with_warmup and config.sft.num_steps > 0
 
     def read(name: str, files: list[str], script: bool = False) -> list[Task]:
         if not files:
@@ -63,12 +64,12 @@ def read_data(config: RunConfig, store: ImageStore) -> Data:
         TaskStream(train, config.seed, config.data.shuffle) if train else None,
         read("heldout", config.evaluation.files)[:limit],
         read("without_tool", config.evaluation.without_tool_files)[:limit],
-        read("warmup", config.sft.files, script=True) if config.sft.num_steps else [],
+        read("warmup", config.sft.files, script=True) if wants_warmup else [],
         reports,
     )
     if config.training.num_steps and data.train is None:
         raise DataError("data.train_files is empty, and training.num_steps asks for updates")
-    if config.sft.num_steps and not data.warmup:
+    if wants_warmup and not data.warmup:
         raise DataError("sft.files is empty, and sft.num_steps asks for a warm start")
     return data
 

@@ -31,10 +31,10 @@ async def train(config: RunConfig) -> Progress:
     if resumed is None:
         keep_old_run(config.folder)
     store = stages.image_store(config)
-    data = stages.read_data(config, store)
+    data = stages.read_data(config, store, with_warmup=resumed is None)
     progress = resumed or Progress()
-    stop = StopSignal()
     cluster.start_ray()
+    stop = StopSignal()  # after Ray, which takes SIGTERM for itself
     try:
         with Boards(config.folder, config.observe, config.training.num_steps) as boards:
             parts, (trainer_ready, engines_ready) = stages.start(config, family, data, store)

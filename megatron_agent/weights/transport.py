@@ -6,6 +6,7 @@ plan. CUDA IPC, NCCL and bounded buckets are not written yet.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,8 @@ from megatron_agent.types import ShardCopy
 def shared_folder() -> Path:
     """A fresh folder in shared memory (in the temporary directory where there is none)."""
     root = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="megatron_agent_weights_", dir=root if root.is_dir() else None))
+    run = os.environ.get("MEGATRON_AGENT_RUN", "weights")  # the reaper removes what a killed run leaves
+    return Path(tempfile.mkdtemp(prefix=f"megatron_agent_{run}_", dir=root if root.is_dir() else None))
 
 
 def file_name(src_rank: int, dst_rank: int) -> str:

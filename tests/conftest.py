@@ -1,0 +1,54 @@
+"""Checkpoints of tiny Qwen2.5-VL models, made once per session, for every test that needs one.
+
+Nothing here installs the stand-ins for CUDA: in the same process they spoil what transformers loads afterwards.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
+WORDS = "system user assistant what color is it ? zoom red green turn on You are a helpful assistant. Error: the tool"
+
+
+def write_tiny_model(folder, text_options):
+    """The quickstart's sizes with `text_options` over them; biases and norms are random too (Hugging Face has 0 and 1)."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    sys.path.insert(0, str(QUICKSTART))
+    try:
+        from tiny_model import make_config, make_tokenizer
+    finally:
+        sys.path.remove(str(QUICKSTART))
+    tokenizer = make_tokenizer([WORDS])
+    config = make_config(tokenizer)
+    for name, value in text_options.items():
+        setattr(config.text_config, name, value)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = Qwen2_5_VLForConditionalGeneration(config).float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """`tied`: the quickstart's (4 heads, 2 KV heads, tied). `untied`: 8 heads, 4 KV heads, a head of its own, an odd
+    vocabulary (its padding is uneven over ranks) and an FFN that is no power of two."""
+    root = tmp_path_factory.mktemp("tiny_models")
+    untied = dict(
+        num_attention_heads=8, num_key_value_heads=4, head_dim=16, intermediate_size=168, vocab_size=333,
+        num_hidden_layers=2, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5, "mrope_section": [2, 3, 3]},
+    )  # fmt: skip
+    return {"tied": write_tiny_model(root / "tied", {}), "untied": write_tiny_model(root / "untied", untied)}

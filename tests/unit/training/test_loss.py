@@ -1,0 +1,156 @@
+"""Log-probs, entropy, masks and denominators on one rank.
+
+Not covered: a vocabulary split over ranks (tests/distributed/test_parity.py), bfloat16 logits.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_agent.algorithms.grpo import GRPO
+from megatron_agent.training.loss import LossStats, Supervised, microbatch_loss, vocab_parallel_logprobs
+from megatron_agent.types import MicroBatch, TrainSample
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('store')}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("vocab_size", [24, 19])  # 19: five columns of padding, with the largest logits
+def test_logprobs_and_entropy_equal_log_softmax(group, vocab_size, temperature):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(6, 24)
+    logits[:, vocab_size:] = 50.0
+    targets = torch.tensor([0, 18, 5, 5, 17, 3])
+    mine, reference = (logits.clone().requires_grad_() for _ in range(2))
+    kept = mine.detach().clone()
+    logprobs, entropy = vocab_parallel_logprobs(mine, targets, vocab_size, temperature, 0, group)
+    expected = (reference[:, :vocab_size] / temperature).log_softmax(-1)
+    expected_entropy = -(expected.exp() * expected).sum(-1)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, expected[torch.arange(6), targets], rtol=0, atol=2e-6)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=2e-6)
+    weights = torch.randn(2, 6)
+    (logprobs * weights[0] + entropy * weights[1]).sum().backward()
+    (expected[torch.arange(6), targets] * weights[0] + expected_entropy * weights[1]).sum().backward()
+    torch.testing.assert_close(mine.grad, reference.grad, rtol=0, atol=2e-6)
+    assert (mine.grad[:, vocab_size:] == 0).all() and mine.grad.abs().max() > 0.1
+    assert torch.equal(mine.detach(), kept)  # the logits are not overwritten
+
+
+def test_gradients_by_finite_differences(group):
+    torch.manual_seed(1)
+    logits, targets, weights = torch.randn(3, 8), torch.tensor([1, 6, 3]), torch.tensor([1.0, -2.0, 0.5])
+    for which in (0, 1):  # log-prob, entropy
+
+        def value(x, which=which):
+            return (vocab_parallel_logprobs(x, targets, 7, 1.3, 0, group)[which].double() * weights).sum()
+
+        x = logits.clone().requires_grad_()
+        value(x).backward()
+        for row, column in ((0, 0), (0, 1), (1, 6), (2, 3), (2, 7)):
+            step = torch.zeros_like(logits)
+            step[row, column] = 1e-2
+            with torch.no_grad():
+                slope = (value(logits + step) - value(logits - step)) / 2e-2
+            assert float(x.grad[row, column]) == pytest.approx(float(slope), abs=2e-4), (which, row, column)
+
+
+def test_large_logits_stay_finite(group):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, 1e4, 1e4]], requires_grad=True)
+    logprobs, entropy = vocab_parallel_logprobs(logits, torch.tensor([1, 2]), 3, 1.0, 0, group)
+    assert logprobs.tolist() == pytest.approx([-2e4, -0.6931472], rel=1e-3)
+    assert entropy.tolist()[0] == pytest.approx(0, abs=1e-3)
+    (logprobs + entropy).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_no_targets_at_all(group):
+    logits = torch.zeros(0, 8, requires_grad=True)
+    logprobs, entropy = vocab_parallel_logprobs(logits, torch.zeros(0, dtype=torch.long), 8, 1.0, 0, group)
+    assert logprobs.shape == entropy.shape == (0,)
+    (logprobs.sum() + entropy.sum()).backward()
+
+
+def batch_of(logprobs, rollout, advantages, old=None, after_image=None, samples=None):
+    num = len(logprobs)
+    index = torch.tensor(samples or [0] * num)
+    return MicroBatch(
+        token_ids_T=torch.zeros(0), position_ids_3T=torch.zeros(3, 0), cu_seqlens=torch.zeros(1), sample_index_R=index,
+        target_positions_R=torch.zeros(num), target_ids_R=torch.zeros(num), advantages_R=torch.tensor(advantages),
+        rollout_logprobs_R=torch.tensor(rollout), old_logprobs_R=None if old is None else torch.tensor(old),
+        after_image_R=torch.tensor(after_image or [False] * num), patches_NP=None, grids_I3=None,
+        sample_ids=list(range(int(index.max()) + 1)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bounds", [[0, 12], [0, 1, 12], [0, 5, 6, 7, 12], list(range(13))])
+def test_shares_add_up_to_the_token_mean_for_any_split(bounds):
+    torch.manual_seed(2)
+    values, advantages, old = -torch.rand(12) - 0.1, torch.randn(12), -torch.rand(12) - 0.1
+    whole = values.clone().requires_grad_()
+    ratio = (whole - old).exp()
+    mean = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
+    mean.backward()
+    total, grads, stats = 0.0, [], LossStats()
+    for a, b in zip(bounds, bounds[1:]):
+        part = values[a:b].clone().requires_grad_()
+        batch = batch_of(part, values[a:b].tolist(), advantages[a:b].tolist(), old[a:b].tolist())
+        mine = LossStats()
+        share = microbatch_loss(part, torch.ones(b - a), batch, GRPO(), 12, mine)
+        share.backward()
+        total += share.item()
+        grads.append(part.grad)
+        stats.merge(mine)
+    assert total == pytest.approx(mean.item(), abs=1e-6)
+    torch.testing.assert_close(torch.cat(grads), whole.grad, rtol=0, atol=1e-7)
+    assert stats.num_tokens == 12 and stats.means()["loss"] == pytest.approx(mean.item(), abs=1e-6)
+    assert stats.means()["entropy"] == 1.0
+
+
+def test_without_old_logprobs_the_ratio_is_one():
+    stats = LossStats()
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    loss = microbatch_loss(logprobs, torch.zeros(2), batch_of(logprobs, [-5.0, -5.0], [1.0, -3.0]), GRPO(), 4, stats)
+    loss.backward()
+    assert loss.item() == pytest.approx((-1 + 3) / 4) and logprobs.grad.tolist() == [-0.25, 0.75]
+    assert stats.means()["ratio"] == stats.means()["ratio_max"] == 1.0 and stats.means()["clip_fraction"] == 0.0
+
+
+def test_supervised_is_cross_entropy_of_the_action_tokens():
+    logprobs = torch.tensor([-1.0, -2.0, -4.5])
+    stats = LossStats()
+    loss = microbatch_loss(logprobs, torch.zeros(3), batch_of(logprobs, [0.0] * 3, [9.0] * 3), Supervised(), 3, stats)
+    assert loss.item() == pytest.approx(2.5) and stats.means()["loss"] == pytest.approx(2.5)
+    row = TrainSample([1, 2, 3], [False, True, True], [0.0] * 3, [0.0] * 3, [])
+    assert Supervised().advantages([row]) == [[0.0, 1.0, 1.0]]
+
+
+def test_the_gap_is_the_trainers_before_the_update_against_vllms():
+    stats = LossStats()
+    logprobs = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    rollout, after = [-1.5, -2.0, -3.0, -4.25], [False, False, True, True]
+    microbatch_loss(logprobs, torch.zeros(4), batch_of(logprobs, rollout, [0.0] * 4, after_image=after), GRPO(), 4, stats)
+    means = stats.means()
+    assert means["logprob_gap_mean"] == pytest.approx(0.75 / 4) and means["logprob_gap_max"] == 0.5
+    assert means["logprob_gap_mean/before_image"] == 0.25 and means["logprob_gap_mean/after_image"] == 0.125
+    stats = LossStats()  # after a first mini-batch the weights have moved: only the old log-probs say what the gap was
+    microbatch_loss(logprobs - 1, torch.zeros(4), batch_of(logprobs, rollout, [0.0] * 4, old=rollout), GRPO(), 4, stats)
+    assert stats.means()["logprob_gap_max"] == 0.0 and "logprob_gap_mean/after_image" not in stats.means()
+
+
+def test_statistics_merge_by_tokens_not_by_batches():
+    a, b = LossStats(), LossStats()
+    a.num_tokens, b.num_tokens = 3, 1
+    a.add("x", torch.tensor([1.0, 2.0, 3.0]))
+    a.maximum("m", torch.tensor([1.0, 4.0]))
+    b.add("x", torch.tensor([10.0]))
+    b.add("y", torch.tensor([5.0]))
+    b.maximum("m", torch.tensor([2.0]))
+    b.maximum("none", torch.tensor([]))
+    a.merge(b)
+    assert a.means() == {"x": 4.0, "y": 5.0, "m": 4.0} and a.num_tokens == 4
