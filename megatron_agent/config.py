@@ -125,6 +125,10 @@ def check_across_sections(config: RunConfig) -> None:
         f"{training.max_tokens_per_microbatch}: a full row would fit no micro-batch; raise the second or lower the first",
     )
     require(
+        rollout.temperature > 0 or not training.num_steps,
+        "rollout.temperature=0 makes all rollouts of a task alike: nothing can be learned; give a value above 0",
+    )
+    require(
         config.agent.single_response_max_tokens < rollout.max_model_len,
         f"agent.single_response_max_tokens={config.agent.single_response_max_tokens} must be below "
         f"rollout.max_model_len={rollout.max_model_len}",

@@ -41,7 +41,7 @@ def check(config: RunConfig) -> ModelFamily:
     if not config.model.path:
         raise ConfigError("model.path is empty; give the folder of a Hugging Face checkpoint")
     family: ModelFamily = registry.resolve("models", config.model.family)(config.model.path)
-    family.check(config.training.layout)
+    family.check(config.training.layout, config.rollout.tensor_parallel)
     return family
 
 

@@ -28,6 +28,7 @@ def write_tiny_model(folder, text_options):
     config = make_config(tokenizer)
     for name, value in text_options.items():
         setattr(config.text_config, name, value)
+    config.text_config.layer_types = config.text_config.layer_types[: config.text_config.num_hidden_layers]
     config.tie_word_embeddings = config.text_config.tie_word_embeddings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)

@@ -38,8 +38,8 @@ class ModelFamily(ABC):
         self.path = Path(path)
 
     @abstractmethod
-    def check(self, layout: Layout) -> None:
-        """Raise ConfigError when the model cannot be laid out so (heads, layers, vocabulary against degrees)."""
+    def check(self, layout: Layout, rollout_tensor_parallel: int = 1) -> None:
+        """Raise ConfigError when the model cannot be laid out so on either side (heads, layers against degrees)."""
 
     @abstractmethod
     def transformer_config(self, layout: Layout, dtype: torch.dtype) -> TransformerConfig:

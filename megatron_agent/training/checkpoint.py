@@ -139,6 +139,8 @@ def save_megatron(model: MegatronModel, folder: Path) -> None:
     """Weights and optimizer of all ranks into `folder` (Megatron dist_checkpointing). Collective."""
     from megatron.core import dist_checkpointing
 
+    for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)  # zeros where no step was taken yet
     dist_checkpointing.save(_sharded_state(model, is_loading=False), str(folder))
 
 

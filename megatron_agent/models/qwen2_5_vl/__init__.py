@@ -83,7 +83,7 @@ class Qwen2_5_VL(ModelFamily):
         )
         self.image_token_id: int = hf["image_token_id"]
 
-    def check(self, layout: Layout) -> None:
+    def check(self, layout: Layout, rollout_tensor_parallel: int = 1) -> None:
         tp, pp = layout.tensor_parallel, layout.pipeline_parallel
         for what, count in (
             ("attention heads", self.text.num_heads),
@@ -95,6 +95,11 @@ class Qwen2_5_VL(ModelFamily):
                     f"training.tensor_parallel={tp} does not divide the model's {what} ({count}); "
                     f"choose one of {[n for n in range(1, count + 1) if count % n == 0][:8]}"
                 )
+        if self.text.num_heads % rollout_tensor_parallel or self.vision.num_heads % rollout_tensor_parallel:
+            raise ConfigError(
+                f"rollout.tensor_parallel={rollout_tensor_parallel} does not divide the model's attention heads "
+                f"({self.text.num_heads} in the language model, {self.vision.num_heads} in the vision tower)"
+            )
         if self.text.num_layers % pp:
             raise ConfigError(f"training.pipeline_parallel={pp} does not divide the model's {self.text.num_layers} layers")
 
