@@ -7,6 +7,12 @@ class MegatronAgentError(Exception):
     """Root of all errors that this project raises on purpose."""
 
 
+def cause_of(error: Exception, otherwise: type[MegatronAgentError]) -> MegatronAgentError:
+    """The error of ours that a remote task raised, without Ray's wrapping; any other one as `otherwise`."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, MegatronAgentError) else otherwise(str(error))
+
+
 class ConfigError(MegatronAgentError, ValueError):
     """The user's configuration cannot be: what was given, what is allowed, what to do."""
 

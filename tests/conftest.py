@@ -48,7 +48,7 @@ def tiny_models(tmp_path_factory):
     vocabulary (its padding is uneven over ranks) and an FFN that is no power of two."""
     root = tmp_path_factory.mktemp("tiny_models")
     untied = dict(
-        num_attention_heads=8, num_key_value_heads=4, head_dim=16, intermediate_size=168, vocab_size=333,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=16, intermediate_size=168, vocab_size=365,
         num_hidden_layers=2, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5, "mrope_section": [2, 3, 3]},
     )  # fmt: skip

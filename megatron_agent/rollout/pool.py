@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_agent.errors import EngineError
+from megatron_agent.errors import EngineError, cause_of
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.types import ImageRef
 
@@ -61,7 +61,7 @@ class EnginePool:
             except RayActorError as error:
                 self._drop(index, error)
             except RayTaskError as error:
-                cause = error.as_instanceof_cause()
+                cause = cause_of(error, EngineError)
                 if not isinstance(cause, EngineError) or await self._is_alive(index):
                     raise cause from None
                 self._drop(index, error)
@@ -108,7 +108,7 @@ class EnginePool:
         results = await asyncio.gather(*(_wait(call) for call in calls), return_exceptions=True)
         for result in results:
             if isinstance(result, RayTaskError):
-                raise result.as_instanceof_cause() from None
+                raise cause_of(result, EngineError) from None
             if isinstance(result, BaseException):
                 raise result
         return results

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_agent.errors import ConfigError, MegatronAgentError, TrainingError
+from megatron_agent.errors import ConfigError, TrainingError, cause_of
 from megatron_agent.training.layout import Layout
 from megatron_agent.types import ShardCopy, TrainSample
 
@@ -152,9 +152,7 @@ class Actor:
         except RayActorError as error:
             raise TrainingError(f"trainer rank {rank} died: {error}") from error
         except RayTaskError as error:
-            if isinstance(error.cause, MegatronAgentError):
-                raise error.cause from None
-            raise TrainingError(f"trainer rank {rank} failed: {error}") from None
+            raise cause_of(error, TrainingError) from None
 
 
 def minibatches(samples: list[TrainSample], count: int) -> list[list[TrainSample]]:

@@ -57,9 +57,7 @@ class Reference:
 
     def logprobs(self, temperature=1.0):
         """Per sample, of its action tokens."""
-        return [
-            (rows / temperature).log_softmax(-1)[torch.arange(len(ids)), ids].tolist() for rows, ids in self.logits
-        ]
+        return [(rows / temperature).log_softmax(-1)[torch.arange(len(ids)), ids].tolist() for rows, ids in self.logits]
 
 
 @pytest.fixture(scope="session")

@@ -75,9 +75,7 @@ class Steps:
 
         taken = []
         for _ in range(count):
-            stats, norm = self.model.update(
-                self.samples, self.plan, pixels, algorithm or Supervised(), self.denominator, LR
-            )
+            stats, norm = self.model.update(self.samples, self.plan, pixels, algorithm or Supervised(), self.denominator, LR)
             reports = self.model.is_reporter
             taken.append((stats.sums["loss"] if reports else 0.0, stats.num_tokens if reports else 0, norm))
         return taken

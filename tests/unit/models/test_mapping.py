@@ -144,7 +144,11 @@ def megatron_shapes(text, vision, layout, stage):
             }  # fmt: skip
             shapes |= {f"visual.blocks.{block}.{tail}": shape for tail, shape in tails.items()}
         shapes |= {"visual.merger.ln_q.weight": (v,), "visual.merger.mlp.0.weight": (4 * v, 4 * v)}
-        shapes |= {"visual.merger.mlp.0.bias": (4 * v,), "visual.merger.mlp.2.weight": (h, 4 * v), "visual.merger.mlp.2.bias": (h,)}
+        shapes |= {
+            "visual.merger.mlp.0.bias": (4 * v,),
+            "visual.merger.mlp.2.weight": (h, 4 * v),
+            "visual.merger.mlp.2.bias": (h,),
+        }
     for layer in range(text.num_layers // layout.pipeline_parallel):
         qkv = (text.num_heads + 2 * text.num_kv_heads) * d // tp
         tails = {

@@ -1,0 +1,123 @@
+"""The whole program on real Ray, vLLM and Megatron processes: two steps, resume, and an end that leaves nothing behind.
+
+Whether the quickstart learns is not tested here (it takes minutes): `make quickstart` shows it.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from megatron_agent import cluster, stages
+from megatron_agent.config import load
+from megatron_agent.observe.metrics import read_metrics
+from megatron_agent.training.samples import to_samples
+
+from tests.integration.conftest import ROOT, RUN_YAML
+
+pytestmark = pytest.mark.integration
+
+
+def command(overrides):
+    return [sys.executable, "-m", "megatron_agent.train", str(RUN_YAML), *overrides]
+
+
+def run(overrides):
+    done = subprocess.run(command(overrides), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def train_rows(folder):
+    return [row for row in read_metrics(folder / "metrics.jsonl") if row["phase"] == "train"]
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_two_steps_then_resume(overrides, tmp_path, layout):
+    if layout == "pipeline":
+        overrides += ["training.tensor_parallel=1", "training.pipeline_parallel=2"]
+    run(overrides)
+    folder = tmp_path / "run"
+    rows = train_rows(folder)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert math.isfinite(row["loss"]) and row["grad_norm"] >= 0
+        assert row["logprob_gap_mean"] <= 1e-5  # vLLM against Megatron, pictures included
+        assert row["ratio_max"] == 1.0  # one update per batch: the policy that sampled is the one that is updated
+    assert [row["weight_version"] for row in rows] == [2.0, 3.0]
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in (
+        "accuracy_before accuracy_after accuracy_without_tool chance tool_rate_before tool_rate_after iou_before iou_after "
+        "logprob_gap_mean logprob_gap_max num_trajectories seconds_setup seconds_train versions"
+    ).split():
+        assert summary[name] is not None, name
+    assert summary["num_trajectories"] == 32
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert "<img" in (folder / "trajectories.html").read_text()
+    transcripts = [json.loads(line) for line in (folder / "transcripts.jsonl").read_text().splitlines()]
+    names = ("weight_version_first", "weight_version_last")
+    versions = {(t["step"], turn[name]) for t in transcripts for turn in t["turns"] for name in names if turn["num_tokens"]}
+    assert versions == {(1, 1), (2, 2)}  # every token carries the version that sampled it
+    if layout == "tensor":
+        run([*overrides, "training.num_steps=3", "resume=auto"])
+        assert [row["step"] for row in train_rows(folder)] == [1, 2, 3]
+        assert train_rows(folder)[:2] == rows
+
+
+def test_weights_arrive_in_vllm(overrides):
+    """Checksums of vLLM's parameters change with an update, and its log-probs stay those of the trainer."""
+
+    async def play(config):
+        family = stages.check(config)
+        store = stages.image_store(config)
+        data = stages.read_data(config, store)
+        parts, ready = stages.start(config, family, data, store)
+        await asyncio.gather(*ready)
+        engine = parts.rollouts.pool.handles[0]
+        sums, gaps = [await engine.checksums.remote()], []
+        await parts.actor.reset_optimizer(1e-2, 1.0)
+        for step in (1, 2):
+            await parts.sync_weights()
+            samples = to_samples(await parts.rollouts.sample(data.train.next(4), step), parts.algorithm)
+            for sample in samples:  # an untrained model earns no reward: push its tokens about at random
+                sample.advantages_T = [float(own) * (-1) ** i for i, own in enumerate(sample.action_mask_T)]
+            gaps.append((await parts.actor.update(samples, parts.algorithm, 1e-2))["logprob_gap_mean"])
+            sums.append(await engine.checksums.remote())
+        return sums, gaps
+
+    cluster.start_ray()
+    try:
+        sums, gaps = asyncio.run(play(load(RUN_YAML, overrides)))
+    finally:
+        cluster.stop_ray()
+    assert sums[0] == sums[1]  # the trainer holds what vLLM loaded from the same checkpoint, bit for bit
+    # The CPU backend empties what it has packed; log-probs speak for those parameters.
+    kept = {name: digest for name, digest in sums[1][0].items() if digest != hashlib.sha256(b"").hexdigest()}
+    assert len(kept) >= 30 and all(sums[2][0][name] != digest for name, digest in kept.items())
+    assert max(gaps) <= 1e-5
+
+
+def test_kill_leaves_no_process_behind(overrides):
+    """kill -9 of the driver in the middle of a run: 15 s later nothing of it is left."""
+    driver = subprocess.Popen(
+        command([*overrides, "training.num_steps=1000"]), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert driver.stderr is not None
+    for line in driver.stderr:
+        if "step 1/1000" in line:
+            break
+    below = psutil.Process(driver.pid).children(recursive=True)
+    assert len(below) >= 5  # two trainer ranks, an engine and its core, Ray's own
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    deadline = time.monotonic() + 15
+    while any(p.is_running() for p in below) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
