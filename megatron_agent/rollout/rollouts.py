@@ -73,7 +73,12 @@ class Rollouts:
                 task, index, generate, self.renderer, self._session, self.agent, sampling, self.config.max_model_len, self.tools
             )
 
-        return await collect(tasks, num_samples, run_one, self.reward, in_flight)
+        if not self.agent.show_tqdm:
+            return await collect(tasks, num_samples, run_one, self.reward, in_flight)
+        from tqdm import tqdm
+
+        with tqdm(total=len(tasks) * num_samples, desc=f"rollouts of step {step}", unit="trajectory") as bar:
+            return await collect(tasks, num_samples, run_one, self.reward, in_flight, on_scored=lambda _: bar.update())
 
     def _session(self, task: Task) -> EnvSession | None:
         from megatron_agent.envs.base import make_session
