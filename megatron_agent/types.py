@@ -240,13 +240,19 @@ class LossInputs:
     sample_index_R: torch.Tensor
     num_samples: int
     entropy_R: torch.Tensor | None = None
+    context_group: torch.distributed.ProcessGroup | None = None
 
     def sum_over_sequence(self, values_R: torch.Tensor) -> torch.Tensor:
-        """Sum of `values_R` over the action tokens of each sample -> [num_samples].
+        """Sum of `values_R` over the action tokens of each sample -> [num_samples], over all context-parallel ranks.
 
-        The one place where context parallelism will all-reduce; sequence-level losses use nothing else.
+        Sequence-level losses use nothing else, and so need to know nothing of context parallelism.
         """
-        return values_R.new_zeros(self.num_samples).index_add(0, self.sample_index_R, values_R)
+        sums = values_R.new_zeros(self.num_samples).index_add(0, self.sample_index_R, values_R)
+        if self.context_group is None or self.context_group.size() == 1:
+            return sums
+        from torch.distributed.nn.functional import all_reduce
+
+        return all_reduce(sums, group=self.context_group)
 
 
 @dataclass

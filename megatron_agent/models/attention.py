@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 
@@ -41,3 +42,69 @@ def packed_attention(
     index = torch.cat(order)
     inverse[index] = torch.arange(index.shape[0], device=index.device)
     return torch.cat(outputs)[inverse]
+
+
+def context_index(bounds: Sequence[int], rank: int, size: int) -> torch.Tensor:
+    """Indices int64 [T / size] of the tokens that context-parallel rank `rank` holds of a packed row.
+
+    Every segment is cut into 2 x size chunks, of which a rank takes chunk `rank` and its mirror image, so that all ranks
+    have as much to attend to (Megatron-Core's `get_batch_on_this_cp_rank`, per segment as Transformer Engine's THD has it).
+    """
+    if size == 1:
+        return torch.arange(bounds[-1])
+    parts = []
+    for start, stop in zip(bounds, bounds[1:]):
+        chunk, left = divmod(stop - start, 2 * size)
+        if left:
+            raise ValueError(f"a segment of {stop - start} tokens does not split into {2 * size} chunks")
+        for first in (start + rank * chunk, start + (2 * size - 1 - rank) * chunk):
+            parts.append(torch.arange(first, first + chunk))
+    return torch.cat(parts)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Rows of all ranks of a group, stacked in rank order; backward sums every rank's gradient of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, local, group):
+        ctx.group = group
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def context_parallel_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: Sequence[int],
+    group: dist.ProcessGroup,
+    scale: float | None,
+) -> torch.Tensor:
+    """Causal packed attention of the tokens that this rank holds to all tokens of the row: [T / cp, H, D].
+
+    `bounds` are of the whole row. Keys and values of all ranks are gathered; on GPUs Transformer Engine passes them on
+    in a ring instead.
+    """
+    size, rank = group.size(), group.rank()
+    order = torch.cat([context_index(bounds, r, size) for r in range(size)])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0])
+    back = back.to(query.device)
+    key, value = (_GatherTokens.apply(x, group)[back] for x in (key, value))
+    outputs, at = [], 0
+    for start, stop in zip(bounds, bounds[1:]):
+        mine = context_index((0, stop - start), rank, size).to(query.device)
+        q = query[at : at + len(mine)].transpose(0, 1)[None]
+        k, v = (x[start:stop].transpose(0, 1)[None] for x in (key, value))
+        mask = mine[:, None] >= torch.arange(stop - start, device=query.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out[0].transpose(0, 1))
+        at += len(mine)
+    return torch.cat(outputs)

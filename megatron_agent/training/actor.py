@@ -25,6 +25,9 @@ class TrainingConfig:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     data_parallel: int = 1
+    context_parallel: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"  # activations recomputed in the backward pass: none, selective (attention), full (layers)
     num_steps: int = 100
     prompts_per_step: int = 32
     minibatches_per_step: int = 1
@@ -39,7 +42,11 @@ class TrainingConfig:
     logprob_gap_alarm: float = 0.05  # mean |log-prob(vLLM) - log-prob(trainer)| above which the run says so loudly
 
     def __post_init__(self) -> None:
-        self.layout = Layout(self.tensor_parallel, self.pipeline_parallel, self.data_parallel)
+        self.layout = Layout(
+            self.tensor_parallel, self.pipeline_parallel, self.data_parallel, self.context_parallel, self.sequence_parallel
+        )
+        if self.recompute not in ("none", "selective", "full"):
+            raise ConfigError(f"training.recompute={self.recompute!r}; allowed: none, selective, full")
         for name in ("num_steps", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"training.{name}={getattr(self, name)} must be 0 or more")
@@ -70,7 +77,7 @@ class Actor:
 
     async def set_up(self, family: str, model_path: str, temperature: float, seed: int) -> None:
         address = await self.workers[0].address.remote()
-        await self._all("set_up", address, family, model_path, self.config.dtype, temperature, seed)
+        await self._all("set_up", address, family, model_path, self.config.dtype, self.config.recompute, temperature, seed)
 
     async def reset_optimizer(self, lr: float, clip_grad: float) -> None:
         await self._all("reset_optimizer", lr, self.config.weight_decay, tuple(self.config.betas), clip_grad)
@@ -119,11 +126,11 @@ class Actor:
         return gap
 
     def _plan(self, samples: list[TrainSample]) -> list[list[list[int]]]:
-        from megatron_agent.training.packing import plan_microbatches
+        from megatron_agent.training.packing import padded_length, plan_microbatches
 
         # Twice as many micro-batches as stages keep every stage of a pipeline busy for most of the step.
         fewest = 1 if self.layout.pipeline_parallel == 1 else 2 * self.layout.pipeline_parallel
-        lengths = [sample.num_tokens for sample in samples]
+        lengths = [padded_length(sample.num_tokens, self.layout.segment_multiple) for sample in samples]
         return plan_microbatches(lengths, self.config.max_tokens_per_microbatch, self.layout.data_parallel, fewest)
 
     async def send_weights(self, plan: list[ShardCopy], folder: Path) -> list[int]:

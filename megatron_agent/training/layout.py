@@ -1,4 +1,4 @@
-"""Parallel layout: degrees, their checks, and rank <-> coordinates in Megatron's order (tp fastest, then dp, then pp)."""
+"""Parallel layout: degrees, their checks, rank <-> coordinates in Megatron's order (tp fastest, then cp, dp, pp)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,44 @@ from megatron_agent.models.mapping import Entry, Piece, Replicated, pieces
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; world_size = tensor x data x pipeline."""
+    """Degrees of parallelism; world_size = tensor x context x data x pipeline."""
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     data_parallel: int = 1
+    context_parallel: int = 1
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel"):
+        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "context_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)}: a degree of parallelism is 1 or more")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ConfigError(
+                "training.sequence_parallel splits rows over tensor-parallel ranks; set training.tensor_parallel above 1"
+            )
 
     @property
     def world_size(self) -> int:
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        return self.tensor_parallel * self.context_parallel * self.pipeline_parallel * self.data_parallel
+
+    @property
+    def segment_multiple(self) -> int:
+        """Every packed sample is padded to a multiple of this many tokens: context ranks take two chunks of it each."""
+        return 2 * self.context_parallel if self.context_parallel > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """The whole packed row is padded to a multiple of this."""
+        return self.segment_multiple * (self.tensor_parallel if self.sequence_parallel else 1)
 
     def coordinates(self, rank: int) -> Coordinates:
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} outside a world of {self.world_size}")
-        tp = rank % self.tensor_parallel
-        dp = rank // self.tensor_parallel % self.data_parallel
-        return Coordinates(tp, dp, rank // (self.tensor_parallel * self.data_parallel))
+        rest, tp = divmod(rank, self.tensor_parallel)
+        rest, cp = divmod(rest, self.context_parallel)
+        pp, dp = divmod(rest, self.data_parallel)
+        return Coordinates(tp, dp, pp, cp)
 
     def stage(self, pipeline_rank: int, num_layers: int) -> StageSpec:
         per_stage = num_layers // self.pipeline_parallel
@@ -50,6 +67,7 @@ class Coordinates:
     tensor: int
     data: int
     pipeline: int
+    context: int = 0
 
 
 def holds(entry: Entry, stage: StageSpec) -> bool:

@@ -103,6 +103,7 @@ def microbatch_loss(
     algorithm: Algorithm,
     denominator_tokens: int,
     stats: LossStats,
+    context_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """The micro-batch's share of the loss: sum over its action tokens / action tokens of the whole mini-batch.
 
@@ -120,6 +121,7 @@ def microbatch_loss(
             sample_index_R=batch.sample_index_R,
             num_samples=len(batch.sample_ids),
             entropy_R=entropy_R,
+            context_group=context_group,
         )
     )
     stats.num_tokens += current.numel()

@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.errors import TrainingError
+from megatron_agent.models.attention import context_index
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.training import cpu
 from megatron_agent.training.checkpoint import load_hf_shards
 from megatron_agent.training.layout import Layout, is_tensor_parallel, megatron_pieces
 from megatron_agent.training.loss import LossStats, add_gap, microbatch_loss, vocab_parallel_logprobs
-from megatron_agent.training.packing import Pixels, build_microbatch
+from megatron_agent.training.packing import Pixels, build_microbatch, keep_targets, padded_length
 from megatron_agent.types import MicroBatch, TrainSample
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class MegatronModel:
     """The stage of the model that this rank holds. Construct after torch.distributed is initialised; collective."""
 
-    def __init__(self, family: ModelFamily, layout: Layout, dtype: str, sampling_temperature: float, seed: int) -> None:
+    def __init__(
+        self,
+        family: ModelFamily,
+        layout: Layout,
+        dtype: str,
+        sampling_temperature: float,
+        seed: int,
+        recompute: str = "none",
+    ) -> None:
         cpu.install()
         from megatron.core import parallel_state
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -38,16 +47,28 @@ class MegatronModel:
 
         self.family, self.layout, self.temperature = family, layout, sampling_temperature
         self.rank = dist.get_rank()
-        parallel_state.initialize_model_parallel(layout.tensor_parallel, layout.pipeline_parallel)
+        parallel_state.initialize_model_parallel(
+            layout.tensor_parallel, layout.pipeline_parallel, context_parallel_size=layout.context_parallel
+        )
         model_parallel_cuda_manual_seed(seed)
         self.at = layout.coordinates(self.rank)
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.cp_group = parallel_state.get_context_parallel_group()
         num_layers: int = family.text.num_layers  # type: ignore[attr-defined]
         self.stage = layout.stage(self.at.pipeline, num_layers)
         self.config = family.transformer_config(layout, DTYPES[dtype])
+        if recompute != "none":
+            self.config.recompute_granularity = recompute
+            if recompute == "full":
+                self.config.recompute_method, self.config.recompute_num_layers = "uniform", 1
         # Losses arrive divided by the mini-batch's token count (loss.py): sum over ranks and micro-batches, no averages.
         self.config.calculate_per_token_loss = True
-        self.config.finalize_model_grads_func = lambda model, num_tokens, **kwargs: finalize_model_grads(model, None, **kwargs)
+
+        def finalize(model: list, num_tokens: object, **kwargs: Any) -> None:
+            finalize_model_grads(model, None, **kwargs)
+            self._sum_vision_gradients()
+
+        self.config.finalize_model_grads_func = finalize
         module = family.build(self.config, self.stage)
         if torch.cuda.is_available():
             module.cuda(torch.cuda.current_device())
@@ -90,7 +111,7 @@ class MegatronModel:
 
     @property
     def is_reporter(self) -> bool:
-        """One rank per data-parallel replica holds the losses: last stage, first tensor rank."""
+        """The ranks that hold a share of the losses: last stage, first tensor rank, every context and data rank."""
         return self.stage.is_last and self.at.tensor == 0
 
     def update(
@@ -125,28 +146,43 @@ class MegatronModel:
     ) -> tuple[dict[int, list[float]], LossStats]:
         """Sample index -> log-probs of its action tokens under the current weights (empty but on reporters)."""
         self.ddp.eval()
-        stats, found = LossStats(), {}
+        stats = LossStats()
+        found: dict[int, list[float]] = {}
 
-        def collect(logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            logprobs, _ = self._logprobs(logits, batch)
-            add_gap(stats, logprobs, batch)
+        def collect(logits: torch.Tensor, batch: MicroBatch, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            mine, _ = self._logprobs(logits, batch)
+            add_gap(stats, mine, batch)
+            logprobs, sample_index = mine.new_zeros(len(kept)), kept.new_zeros(len(kept), dtype=torch.long)
+            logprobs[kept], sample_index[kept] = mine, batch.sample_index_R
+            if self.layout.context_parallel > 1:
+                for values in (logprobs, sample_index):
+                    dist.all_reduce(values, group=self.cp_group)
             for position, sample in enumerate(batch.sample_ids):
-                found[sample] = logprobs[batch.sample_index_R == position].tolist()
+                found[sample] = logprobs[sample_index == position].tolist()
             return logprobs.sum(), torch.tensor(1, dtype=torch.int), {}
 
         with torch.no_grad():
             self._run(samples, microbatches, pixels, collect, forward_only=True)
-        return (found, stats) if self.is_reporter else ({}, LossStats())
+        if not self.is_reporter:
+            return {}, LossStats()
+        return (found if self.at.context == 0 else {}), stats
 
     def _logprobs(self, logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         vocab_size: int = self.family.text.vocab_size  # type: ignore[attr-defined]
         return vocab_parallel_logprobs(logits, batch.target_ids_R, vocab_size, self.temperature, self.at.tensor, self.tp_group)
 
     def _loss(
-        self, logits: torch.Tensor, batch: MicroBatch, *, algorithm: Algorithm, denominator_tokens: int, stats: LossStats
+        self,
+        logits: torch.Tensor,
+        batch: MicroBatch,
+        kept: torch.Tensor,
+        *,
+        algorithm: Algorithm,
+        denominator_tokens: int,
+        stats: LossStats,
     ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         logprobs, entropy = self._logprobs(logits, batch)
-        loss = microbatch_loss(logprobs, entropy, batch, algorithm, denominator_tokens, stats)
+        loss = microbatch_loss(logprobs, entropy, batch, algorithm, denominator_tokens, stats, self.cp_group)
         return loss, torch.tensor(1, dtype=torch.int), {}
 
     def _run(
@@ -154,26 +190,51 @@ class MegatronModel:
     ) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        longest = max(sum(samples[i].num_tokens for i in ids) for ids in microbatches)
-        pad_to = longest if self.layout.pipeline_parallel > 1 else 0  # stages exchange tensors of one agreed length
+        layout = self.layout
+        multiple = layout.segment_multiple
+        rows = [sum(padded_length(samples[i].num_tokens, multiple) for i in ids) for ids in microbatches]
+        longest = padded_length(max(rows), layout.row_multiple)
+        # The stages of a pipeline exchange tensors of one agreed length.
+        pad_to = [longest if layout.pipeline_parallel > 1 else padded_length(row, layout.row_multiple) for row in rows]
 
         def batches() -> Iterator[MicroBatch]:
-            for ids in microbatches:
-                yield to_device(build_microbatch(samples, ids, self.family, pixels, pad_to))
+            for ids, length in zip(microbatches, pad_to):
+                yield to_device(build_microbatch(samples, ids, self.family, pixels, length, multiple))
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
-            batch = next(iterator)
-            return model(batch), partial(loss, batch=batch)
+            batch, kept = self._own_targets(next(iterator))
+            return model(batch), partial(loss, batch=batch, kept=kept)
 
         get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=batches(),
             model=[self.ddp],
             num_microbatches=len(microbatches),
-            seq_length=longest,
+            seq_length=longest,  # of the whole row; Megatron divides by the context and sequence parallel degrees
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _own_targets(self, batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor]:
+        """The batch with the targets that this context-parallel rank predicts, and which of all they are (bool [R])."""
+        if self.layout.context_parallel == 1:
+            return batch, torch.ones_like(batch.target_ids_R, dtype=torch.bool)
+        mine = context_index(batch.cu_seqlens.tolist(), self.at.context, self.layout.context_parallel)
+        held = torch.zeros(batch.num_tokens, dtype=torch.bool, device=batch.token_ids_T.device)
+        held[mine.to(held.device)] = True
+        kept = held[batch.target_positions_R]
+        return keep_targets(batch, kept), kept
+
+    def _sum_vision_gradients(self) -> None:
+        """Tensor ranks encoded different pictures: their gradients of the tower add up (context ranks' do so in DDP)."""
+        visual = getattr(self.module, "visual", None)
+        if visual is None or not visual.is_split or self.layout.tensor_parallel == 1:
+            return
+        grads = [parameter.main_grad for parameter in visual.parameters() if parameter.requires_grad]
+        flat = torch.cat([grad.view(-1) for grad in grads])
+        dist.all_reduce(flat, group=self.tp_group)
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.view(-1).copy_(summed)
 
     def _refuse_nan(self, stats: LossStats) -> None:
         bad = torch.tensor(float(any(v != v or abs(v) == float("inf") for v in stats.sums.values())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -49,18 +50,43 @@ def plan_microbatches(
     raise ValueError(f"rows of {sum(lengths)} tokens cannot be packed into equal counts of {max_tokens}-token micro-batches")
 
 
+def padded_length(num_tokens: int, multiple: int) -> int:
+    return -(-num_tokens // multiple) * multiple
+
+
+def _pad_end(values: np.ndarray, length: int) -> np.ndarray:
+    """Zeros behind the last dim of [..., T] up to `length`."""
+    padding = [(0, 0)] * (values.ndim - 1) + [(0, length - values.shape[-1])]
+    return np.pad(values, padding)
+
+
+def keep_targets(batch: MicroBatch, kept_R: torch.Tensor) -> MicroBatch:
+    """The same row with only the targets of `kept_R` (bool [R]): those that a context-parallel rank holds."""
+    names = ("target_positions_R", "target_ids_R", "sample_index_R", "advantages_R", "rollout_logprobs_R", "after_image_R")
+    old = batch.old_logprobs_R
+    return replace(
+        batch, **{name: getattr(batch, name)[kept_R] for name in names}, old_logprobs_R=None if old is None else old[kept_R]
+    )
+
+
 def build_microbatch(
-    samples: Sequence[TrainSample], sample_ids: Sequence[int], family: ModelFamily, pixels: Pixels, pad_to: int = 0
+    samples: Sequence[TrainSample],
+    sample_ids: Sequence[int],
+    family: ModelFamily,
+    pixels: Pixels,
+    pad_to: int = 0,
+    segment_multiple: int = 1,
 ) -> MicroBatch:
-    """Tensors of one packed row. `pad_to` > T appends a segment of padding tokens that no target refers to."""
+    """Tensors of one packed row. Every sample is padded at its end to a multiple of `segment_multiple` tokens (causal
+    attention hides that), and `pad_to` > T appends a segment of padding; no target refers to either."""
     rows = [samples[i] for i in sample_ids]
-    lengths = [row.num_tokens for row in rows]
+    lengths = [padded_length(row.num_tokens, segment_multiple) for row in rows]
     offsets = np.cumsum([0, *lengths])
-    positions = [family.positions(row.token_ids_T, row.images) for row in rows]
+    positions = [_pad_end(family.positions(row.token_ids_T, row.images), n) for row, n in zip(rows, lengths)]
     targets = [np.flatnonzero(np.asarray(row.action_mask_T)) for row in rows]
     if any(len(t) and t[0] == 0 for t in targets):
         raise ValueError("the first token of a row cannot be an action: nothing predicts it")
-    tokens = [np.asarray(row.token_ids_T) for row in rows]
+    tokens = [_pad_end(np.asarray(row.token_ids_T), n) for row, n in zip(rows, lengths)]
     bounds = list(offsets)
     if pad_to > offsets[-1]:
         padding = pad_to - int(offsets[-1])

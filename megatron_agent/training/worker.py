@@ -41,7 +41,14 @@ class Worker:
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
     def set_up(
-        self, address: tuple[str, int], family_name: str, model_path: str, dtype: str, temperature: float, seed: int
+        self,
+        address: tuple[str, int],
+        family_name: str,
+        model_path: str,
+        dtype: str,
+        recompute: str,
+        temperature: float,
+        seed: int,
     ) -> None:
         """Join the process group and load this rank's shard of the checkpoint."""
         import torch
@@ -56,7 +63,7 @@ class Worker:
         from megatron_agent.training.megatron import MegatronModel
 
         self.family: ModelFamily = registry.resolve("models", family_name)(model_path)
-        self.model = MegatronModel(self.family, self.layout, dtype, temperature, seed)
+        self.model = MegatronModel(self.family, self.layout, dtype, temperature, seed, recompute)
 
     def reset_optimizer(self, lr: float, weight_decay: float, betas: tuple[float, float], clip_grad: float) -> None:
         self.model.reset_optimizer(lr, weight_decay, betas, clip_grad)

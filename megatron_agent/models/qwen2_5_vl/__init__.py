@@ -132,6 +132,8 @@ class Qwen2_5_VL(ModelFamily):
             mrope_section=list(text.mrope_section),
             tensor_model_parallel_size=layout.tensor_parallel,
             pipeline_model_parallel_size=layout.pipeline_parallel,
+            context_parallel_size=layout.context_parallel,
+            sequence_parallel=layout.sequence_parallel,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype == torch.bfloat16,

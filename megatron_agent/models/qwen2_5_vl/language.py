@@ -8,18 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_agent.models.attention import packed_attention
+from megatron_agent.models.attention import context_index, context_parallel_attention, packed_attention
 from megatron_agent.models.base import StageSpec
-from megatron_agent.models.qwen2_5_vl.vision import VisionConfig, VisionTower
+from megatron_agent.models.qwen2_5_vl.balance import BalancedVision
+from megatron_agent.models.qwen2_5_vl.vision import VisionConfig
 from megatron_agent.types import MicroBatch
 
 
@@ -35,6 +38,9 @@ class PackedCoreAttention(MegatronModule):
 
     def forward(self, q, k, v, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
         bounds = packed_seq_params.cu_seqlens_q.tolist()
+        if self.config.context_parallel_size > 1:
+            group = parallel_state.get_context_parallel_group()
+            return context_parallel_attention(q, k, v, bounds, group, self.scale).flatten(1)
         return packed_attention(q, k, v, bounds, causal=True, scale=self.scale).flatten(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -80,7 +86,7 @@ class Qwen2_5_VLStage(MegatronModule):
         self.share_embeddings_and_output_weights = tied
         self.image_token_id = image_token_id
         if stage.is_first and vision is not None:
-            self.visual = VisionTower(vision).to(config.params_dtype)
+            self.visual = BalancedVision(vision).to(config.params_dtype)
         self.language = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(config, stage.last_layer - stage.first_layer),
@@ -90,9 +96,14 @@ class Qwen2_5_VLStage(MegatronModule):
             post_process=stage.is_last,
             parallel_output=True,
             share_embeddings_and_output_weights=tied,
-            position_embedding_type="mrope",
-            rotary_base=rope_theta,
+            position_embedding_type="none",  # mrope_frequencies: Megatron's would slice packed rows wrongly under CP
+            scatter_embedding_sequence_parallel=False,  # pictures go in first
         )
+        self.rope_theta = rope_theta
+        if stage.is_last and config.sequence_parallel:
+            # Targets are picked from the gathered rows, so the head sees whole rows and reduces their gradient itself.
+            self.language.output_layer.sequence_parallel = False
+            self.language.output_layer.allreduce_dgrad = True
 
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
         self.language.set_input_tensor(input_tensor)
@@ -107,31 +118,65 @@ class Qwen2_5_VLStage(MegatronModule):
         return state
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        language = self.language
-        hidden = self._embed(batch) if self.pre_process else None  # else: the tensor of the stage before
-        positions = batch.position_ids_3T[:, None]
+        language, config = self.language, self.config
+        mine = self._context_index(batch)
+        hidden = self._embed(batch, mine) if self.pre_process else None  # else: the tensor of the stage before
         hidden = language.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=language.rotary_pos_emb(positions, self.config.mrope_section),
+            rotary_pos_emb=mrope_frequencies(batch.position_ids_3T, config.kv_channels, self.rope_theta, config.mrope_section),
             packed_seq_params=packed_seq_params(batch.cu_seqlens),
         )
         if not self.post_process:
             return hidden
+        if config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         weight = language.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        targets = hidden[batch.target_positions_R]
-        logits, _ = language.output_layer(targets, weight=weight)
+        logits, _ = language.output_layer(hidden[target_rows(batch, mine)], weight=weight)
         return logits[:, 0]
 
-    def _embed(self, batch: MicroBatch) -> torch.Tensor:
-        hidden = self.language.embedding(input_ids=batch.token_ids_T[None], position_ids=None)
-        if batch.patches_NP is None or batch.grids_I3 is None:
-            return hidden
-        features = self.visual(batch.patches_NP, tuple(map(tuple, batch.grids_I3.tolist())))
-        index = (batch.token_ids_T == self.image_token_id).nonzero()[:, 0]
-        if len(index) != len(features):
-            raise ValueError(f"the row has {len(index)} image tokens, the pictures {len(features)} features")
-        return hidden.index_copy(0, index, features.to(hidden.dtype)[:, None])
+    def _context_index(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Which tokens of the row this rank holds; None: all."""
+        if self.config.context_parallel_size == 1:
+            return None
+        rank, size = parallel_state.get_context_parallel_rank(), self.config.context_parallel_size
+        return context_index(batch.cu_seqlens.tolist(), rank, size).to(batch.token_ids_T.device)
+
+    def _embed(self, batch: MicroBatch, mine: torch.Tensor | None) -> torch.Tensor:
+        tokens = batch.token_ids_T if mine is None else batch.token_ids_T[mine]
+        hidden = self.language.embedding(input_ids=tokens[None], position_ids=None)
+        if batch.patches_NP is not None and batch.grids_I3 is not None:
+            features = self.visual(batch.patches_NP, tuple(map(tuple, batch.grids_I3.tolist())))
+            is_image = batch.token_ids_T == self.image_token_id
+            if int(is_image.sum()) != len(features):
+                raise ValueError(f"the row has {int(is_image.sum())} image tokens, the pictures {len(features)} features")
+            feature_of = is_image.cumsum(0) - 1
+            if mine is not None:
+                is_image, feature_of = is_image[mine], feature_of[mine]
+            index = is_image.nonzero()[:, 0]
+            hidden = hidden.index_copy(0, index, features[feature_of[index]].to(hidden.dtype)[:, None])
+        return scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
+
+
+def target_rows(batch: MicroBatch, mine: torch.Tensor | None) -> torch.Tensor:
+    """Where the batch's targets lie in the tokens that this rank holds."""
+    if mine is None:
+        return batch.target_positions_R
+    row_of = torch.full((batch.num_tokens,), -1, device=mine.device)
+    row_of[mine] = torch.arange(len(mine), device=mine.device)
+    return row_of[batch.target_positions_R]
+
+
+def mrope_frequencies(position_ids_3T: torch.Tensor, head_dim: int, theta: float, sections: list[int]) -> torch.Tensor:
+    """Rotary angles float32 [T, 1, 1, head_dim] of the whole row; `sections` pairs turn with time, height and width.
+
+    arXiv 2409.12191, section 2.1; transformers' `apply_multimodal_rotary_pos_emb` splits the same way.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_3T.device) / head_dim
+    angles_3TF = position_ids_3T.float()[:, :, None] * (1.0 / theta**exponent)
+    parts = torch.split(angles_3TF, list(sections), dim=-1)
+    angles = torch.cat([part[axis % 3] for axis, part in enumerate(parts)], dim=-1)
+    return torch.cat((angles, angles), dim=-1)[:, None, None]
 
 
 def packed_seq_params(cu_seqlens: torch.Tensor) -> PackedSeqParams:
