@@ -24,9 +24,7 @@ class Layout:
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)}: a degree of parallelism is 1 or more")
         if self.sequence_parallel and self.tensor_parallel == 1:
-            raise ConfigError(
-                "training.sequence_parallel splits rows over tensor-parallel ranks; set training.tensor_parallel above 1"
-            )
+            raise ConfigError("training.sequence_parallel splits rows over tensor ranks: set training.tensor_parallel above 1")
 
     @property
     def world_size(self) -> int:

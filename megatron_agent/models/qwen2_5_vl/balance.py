@@ -79,8 +79,7 @@ class BalancedVision(VisionTower):
             local = super().forward(torch.cat([pictures[i] for i in mine]), tuple(grids[i] for i in mine))
         else:
             # Every rank must take part in the exchange's backward: an empty result that still hangs on the weights.
-            weight = self.merger.mlp[2].weight
-            local = (weight[:, :1].T * 0.0)[:0]
+            local = next(self.parameters()).sum() * patches_NP.new_zeros(0, self.config.out_hidden_size)
         unit = self.config.spatial_merge_size**2
         sizes = [load // unit for load in loads]
         features = _ExchangeFeatures.apply(local, sizes, group, parallel_state.get_context_parallel_group())
