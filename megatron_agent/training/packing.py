@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from megatron_agent.balance import split_balanced
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.types import ImageRef, MicroBatch, TrainSample
 
 Pixels = Callable[[ImageRef], np.ndarray]
-
-
-def split_balanced(lengths: Sequence[int], num_parts: int, indices: Sequence[int] | None = None) -> list[list[int]]:
-    """Indices in `num_parts` lists of about equal total length: longest first, to the lightest part (LPT)."""
-    heap = [(0, part) for part in range(num_parts)]
-    parts: list[list[int]] = [[] for _ in range(num_parts)]
-    for index in sorted(indices if indices is not None else range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, part = heapq.heappop(heap)
-        parts[part].append(index)
-        heapq.heappush(heap, (load + lengths[index], part))
-    return [sorted(part) for part in parts]
 
 
 def plan_microbatches(

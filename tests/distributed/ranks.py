@@ -31,7 +31,7 @@ def serve(rank: int, inbox: Connection) -> None:
         function, world_size, store, arguments = job
         try:
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=90)
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=240)
             )
             inbox.send((True, function(*arguments)))
         except BaseException:
@@ -60,7 +60,7 @@ class Ranks:
             self.processes.append(process)
             self.pipes.append(ours)
 
-    def run(self, world_size: int, function, *arguments, timeout_s: float = 150.0) -> list:
+    def run(self, world_size: int, function, *arguments, timeout_s: float = 300.0) -> list:
         """`function(*arguments)` on ranks 0 .. world_size - 1 -> its results in rank order. Raises RankError."""
         if not self.processes:
             self.start()

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_agent.models.attention import context_index, context_parallel_attention, packed_attention
 from megatron_agent.models.base import StageSpec
-from megatron_agent.models.qwen2_5_vl.balance import BalancedVision
+from megatron_agent.models.qwen2_5_vl.balanced_vision import BalancedVision
 from megatron_agent.models.qwen2_5_vl.vision import VisionConfig
 from megatron_agent.types import MicroBatch
 

@@ -6,25 +6,12 @@ no picture is encoded twice (`replicate` switches back).
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_agent.balance import split_balanced
 from megatron_agent.models.qwen2_5_vl.vision import Grid, VisionTower
-
-
-def assign(num_patches: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Picture indices per rank, largest first to the lightest rank; the same on every rank."""
-    heap = [(0, rank) for rank in range(num_ranks)]
-    parts: list[list[int]] = [[] for _ in range(num_ranks)]
-    for index in sorted(range(len(num_patches)), key=lambda i: (-num_patches[i], i)):
-        load, rank = heapq.heappop(heap)
-        parts[rank].append(index)
-        heapq.heappush(heap, (load + num_patches[index], rank))
-    return [sorted(part) for part in parts]
 
 
 class _ExchangeFeatures(torch.autograd.Function):
@@ -70,7 +57,7 @@ class BalancedVision(VisionTower):
             return super().forward(patches_NP, grids)
         group = parallel_state.get_tensor_and_context_parallel_group()
         counts = [time * rows * columns for time, rows, columns in grids]
-        parts = assign(counts, group.size())
+        parts = split_balanced(counts, group.size())
         loads = [sum(counts[i] for i in part) for part in parts]
         self.imbalance = max(loads) * len(loads) / sum(loads)
         pictures = patches_NP.split(counts)
