@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from megatron_agent.config import RunConfig, load, to_dict
-from megatron_agent.errors import ConfigError, MegatronAgentError
+from megatron_agent.errors import ConfigError, MegatronAgentError, StopRequested
 
 USAGE = "usage: megatron-agent train|evaluate|check run.yaml [section.key=value ...]"
 
@@ -32,10 +32,10 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     logging.getLogger("megatron_agent").setLevel(logging.INFO)
     try:
         return command(arguments)
+    except StopRequested as error:
+        sys.stderr.write(f"{error}; go on with resume=auto\n")
+        return 130
     except MegatronAgentError as error:
-        if type(error).__name__ == "StopRequested":
-            sys.stderr.write(f"{error}; go on with resume=auto\n")
-            return 130
         if os.environ.get("MEGATRON_AGENT_TRACEBACK"):
             raise
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

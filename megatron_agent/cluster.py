@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_agent.data.images import ImageStore
 
 log = logging.getLogger(__name__)
+_reaper: subprocess.Popen | None = None
 
 
 def start_ray() -> None:
@@ -36,7 +37,8 @@ def start_reaper() -> None:
     """A process that outlives this one just long enough to end whatever this one leaves behind (reaper.py)."""
     mark = uuid.uuid4().hex[:12]
     environment = {name: value for name, value in os.environ.items() if name != MARK_VARIABLE}
-    subprocess.Popen(
+    global _reaper  # its standard input must stay open as long as this process lives
+    _reaper = subprocess.Popen(
         [sys.executable, "-m", "megatron_agent.reaper", mark, str(os.getpid())],
         stdin=subprocess.PIPE,  # held open, never written to: it ends when this process does
         start_new_session=True,  # Ctrl-C goes to the whole foreground group

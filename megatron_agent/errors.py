@@ -37,5 +37,9 @@ class WeightSyncError(MegatronAgentError, RuntimeError):
     """Weights did not arrive as they were sent; generation must not go on."""
 
 
+class StopRequested(MegatronAgentError):
+    """SIGTERM, SIGINT or a scheduler's pre-emption asked the run to end."""
+
+
 class TrainingError(MegatronAgentError, RuntimeError):
     """A trainer rank failed, or the loss is not a number."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megatron_agent import cluster, stages
 from megatron_agent.config import RunConfig
+from megatron_agent.errors import CheckpointError, ConfigError
 from megatron_agent.rollout.collect import rollout_metrics
 from megatron_agent.rollout.rollouts import Rollouts
 from megatron_agent.types import Task, Trajectory, TrajectoryGroup
@@ -24,14 +25,18 @@ async def run(config: RunConfig) -> dict[str, dict[str, float]]:
     """Evaluate the checkpoint of `model.path` (or the run's last one with resume=auto) on all evaluation files."""
     from megatron_agent.training.checkpoint import complete_checkpoints
 
+    saved = complete_checkpoints(config.folder / "checkpoints") if config.resume == "auto" else []
+    if config.resume == "auto" and not saved:
+        raise CheckpointError(f"resume=auto: no complete checkpoint in {config.folder / 'checkpoints'}")
     family = stages.check(config)
     store = stages.image_store(config)
-    data = stages.read_data(config, store)
+    data = stages.read_data(config, family, store, with_training=False)
+    if not data.heldout and not data.without_tool:
+        raise ConfigError("evaluation.files is empty: nothing to evaluate on")
     cluster.start_ray()
     try:
         parts, ready = stages.start(config, family, data, store)
         await asyncio.gather(*ready)
-        saved = complete_checkpoints(config.folder / "checkpoints") if config.resume == "auto" else []
         if saved:
             await parts.actor.load(saved[-1])
             await parts.sync_weights()

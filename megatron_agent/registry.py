@@ -6,18 +6,30 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
+import re
+from pathlib import Path
 from typing import Any
 
 from megatron_agent.errors import ConfigError
 
-_CONTRACT_FILES = {"base", "functional", "mapping", "renderer", "judge"}  # shared by the components, not components
+_EXPORT = re.compile(r"^COMPONENT\s*[:=]", re.MULTILINE)
 
 
 @functools.cache
 def names(kind: str) -> tuple[str, ...]:
-    """The components of an extension folder (`envs`, `rewards`, `algorithms`, `models`), sorted."""
+    """The components of an extension folder (`envs`, `rewards`, `algorithms`, `models`), sorted.
+
+    A component is a file or folder whose source assigns COMPONENT; the others are what components share. Sources are
+    read, not imported.
+    """
     package = importlib.import_module(f"megatron_agent.{kind}")
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _CONTRACT_FILES))
+    found = [m.name for m in pkgutil.iter_modules(package.__path__) if _EXPORT.search(_source(f"{package.__name__}.{m.name}"))]
+    return tuple(sorted(found))
+
+
+def _source(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    return Path(spec.origin).read_text() if spec is not None and spec.origin is not None else ""
 
 
 @functools.cache
@@ -37,5 +49,6 @@ def resolve(kind: str, name: str) -> Any:
 
         near = get_close_matches(name, names(kind), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{kind}: unknown name {name!r}{hint} Known: {', '.join(names(kind))}, or 'package.module:Class'")
+        known = ", ".join(names(kind))
+        raise ConfigError(f"{kind}: unknown name {name!r}{hint or '.'} Known: {known}, or 'package.module:Class'")
     return importlib.import_module(f"megatron_agent.{kind}.{name}").COMPONENT

@@ -7,12 +7,13 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_agent.errors import MegatronAgentError
+from megatron_agent.errors import StopRequested
 from megatron_agent.training.checkpoint import begin_checkpoint, complete_checkpoints, finish_checkpoint, read_state
 from megatron_agent.types import Trajectory
 
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("megatron_agent")
 T = TypeVar("T")
 SHOWN_EPISODES = 12
-
-
-class StopRequested(MegatronAgentError):
-    """SIGTERM, SIGINT or a scheduler's pre-emption asked the run to end."""
 
 
 class StopSignal:
@@ -44,16 +41,25 @@ class StopSignal:
         self._event.set()
         asyncio.get_running_loop().remove_signal_handler(number)
 
-    async def or_done(self, work: Awaitable[T], what: str, boards: Boards) -> T:
-        """The result of `work`, or StopRequested as soon as a signal has come (`work` is cancelled then)."""
+    async def or_done(
+        self, work: Awaitable[T], what: str, boards: Boards, beside: asyncio.Task | None = None
+    ) -> T:
+        """The result of `work`, or StopRequested as soon as a signal has come (`work` is cancelled then).
+
+        `beside` is other work under way: when it fails, its error is raised at once.
+        """
         boards.status(what)
         task = asyncio.ensure_future(work)
         stopped = asyncio.ensure_future(self._event.wait())
+        waiting = {task, stopped} if beside is None else {task, stopped, beside}
         try:
-            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            raise StopRequested(f"stopped by a signal during: {what}")
+            while not task.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if beside in done:
+                    beside.result()
+                if stopped in done and not task.done():
+                    raise StopRequested(f"stopped by a signal during: {what}")
+            return task.result()
         finally:
             stopped.cancel()
             if not task.done():
@@ -77,6 +83,15 @@ class Progress:
     after: dict[str, dict[str, float]] = field(default_factory=dict)
     episodes: dict[str, list[Trajectory]] = field(default_factory=dict, repr=False)
 
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to `seconds_setup`, `seconds_train` or `seconds_evaluation`."""
+        began_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - began_s)
+
     @staticmethod
     def last(config: RunConfig) -> Progress | None:
         """Of the newest complete checkpoint, when `resume` is auto and there is one."""
@@ -85,15 +100,18 @@ class Progress:
 
     async def restore(self, parts: Stages) -> None:
         """Weights, optimizer, data order and weight version as they were."""
-        folder = complete_checkpoints(parts.config.folder / "checkpoints")[-1]
+        saved = complete_checkpoints(parts.config.folder / "checkpoints")
+        if not saved:
+            return  # a new run without a warm start
+        folder = saved[-1]
         await parts.actor.load(folder)
-        parts.weight_version = self.weight_version
+        parts.weight_version = max(0, self.weight_version - 1)  # the sync that follows stamps the same version again
         if parts.data.train is not None and self.stream:
             parts.data.train.load_state(self.stream)
         log.info("resumed from %s (step %d)", folder, self.step)
 
     async def save(self, parts: Stages) -> None:
-        """A complete checkpoint of the last finished step; does nothing when there is one already."""
+        """A complete checkpoint of the last finished step (0: the warm start); nothing is done when there is one."""
         root, config = parts.config.folder / "checkpoints", parts.config.checkpoint
         if any(read_state(folder)["step"] == self.step for folder in complete_checkpoints(root)[-1:]):
             return

@@ -6,11 +6,14 @@ import asyncio
 import logging
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
 
 from megatron_agent import cluster, registry
 from megatron_agent.algorithms.base import Algorithm
-from megatron_agent.config import RunConfig
-from megatron_agent.data.dataset import DatasetReport, TaskStream, read_tasks
+from megatron_agent.config import RunConfig, to_dict
+from megatron_agent.data.dataset import DatasetReport, TaskStream, drop_long_prompts, read_tasks
 from megatron_agent.data.images import ImageStore
 from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.models.base import ModelFamily
@@ -23,6 +26,7 @@ from megatron_agent.weights.plan import make_plan, to_plain
 from megatron_agent.weights.transport import shared_folder
 
 log = logging.getLogger("megatron_agent")
+MIN_ANSWER_TOKENS = 16  # a prompt that leaves less room than this cannot be answered
 
 
 @dataclass
@@ -45,20 +49,38 @@ def check(config: RunConfig) -> ModelFamily:
     return family
 
 
-def read_data(config: RunConfig, store: ImageStore, with_warmup: bool = True) -> Data:
-    """`with_warmup` False: a run that goes on after its warm start. Raises DataError, ConfigError."""
+def read_data(
+    config: RunConfig, family: ModelFamily, store: ImageStore, with_warmup: bool = True, with_training: bool = True
+) -> Data:
+    """All rows that the run may use; `with_warmup` False: one that goes on after its warm start. Raises DataError.
+
+    Rows whose prompt leaves no room to answer are left out, named and counted.
+    """
     reports: dict[str, DatasetReport] = {}
-    wants_warmup = with_warmup and config.sft.num_steps > 0
+    wants_warmup = with_warmup and with_training and config.sft.num_steps > 0
+    room_tokens = config.rollout.max_model_len - MIN_ANSWER_TOKENS
+    limit_tokens = min(config.data.max_prompt_tokens or room_tokens, room_tokens)
+    renderer = family.renderer(config.agent.vl_model_path or config.model.path)
+
+    def num_prompt_tokens(task: Task) -> int:
+        return len(renderer.prompt(task.messages, task.images))
 
     def read(name: str, files: list[str], script: bool = False) -> list[Task]:
         if not files:
             return []
-        tasks, reports[name] = read_tasks(files, config.data, store, config.agent.tool_name_key, require_script=script)
+        agent = config.agent
+        tasks, reports[name] = read_tasks(
+            files, config.data, store, agent.tool_name_key, require_script=script, meta_key=agent.tool_meta_key
+        )
         report = reports[name]
         log.info("%s: %d rows, %d bad, %d small pictures enlarged", name, report.num_rows, report.num_bad, report.num_upscaled)
+        tasks, dropped = drop_long_prompts(tasks, num_prompt_tokens, limit_tokens)
+        if dropped:
+            shown = ", ".join(dropped[:5])
+            log.warning("%s: %d prompts over %d tokens left out: %s ...", name, len(dropped), limit_tokens, shown)
         return tasks
 
-    train = read("train", config.data.train_files)
+    train = read("train", config.data.train_files) if with_training else []
     limit = config.evaluation.max_rows or None
     data = Data(
         TaskStream(train, config.seed, config.data.shuffle) if train else None,
@@ -67,7 +89,7 @@ def read_data(config: RunConfig, store: ImageStore, with_warmup: bool = True) ->
         read("warmup", config.sft.files, script=True) if wants_warmup else [],
         reports,
     )
-    if config.training.num_steps and data.train is None:
+    if with_training and config.training.num_steps and data.train is None:
         raise DataError("data.train_files is empty, and training.num_steps asks for updates")
     if wants_warmup and not data.warmup:
         raise DataError("sft.files is empty, and sft.num_steps asks for a warm start")
@@ -112,8 +134,7 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
     rollouts = Rollouts(pool, renderer, store, reward, config.agent, config.rollout, config.env, config.seed)
     plan = transfer_plan(config, family)
     stages = Stages(config, data, actor, rollouts, algorithm, plan)
-    temperature = config.rollout.temperature
-    trainer = asyncio.create_task(actor.set_up(config.model.family, config.model.path, temperature, config.seed))
+    trainer = asyncio.create_task(actor.set_up(config.model.family, config.model.path, config.seed))
     info = {"plan": to_plain(plan), "dtype": config.training.dtype}
     engines = asyncio.create_task(pool.init_weight_transfer([info] * config.rollout.num_engines))
     return stages, [trainer, engines]
@@ -129,6 +150,12 @@ def transfer_plan(config: RunConfig, family: ModelFamily) -> list[ShardCopy]:
     return make_plan(sources, [vllm_pieces(table, tp, rank) for rank in range(tp)])
 
 
+def record_config(config: RunConfig) -> None:
+    """The configuration with all defaults, as `load` reads it back: what this run really did."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    (config.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
 def has_gpu() -> bool:
     import torch
 
@@ -136,4 +163,5 @@ def has_gpu() -> bool:
 
 
 def image_store(config: RunConfig) -> ImageStore:
-    return ImageStore((config.folder / "images").absolute(), config.data.pixel_limits(), cache_pictures=4096)
+    """Shared by all runs of an output folder: pictures are known by their content."""
+    return ImageStore((Path(config.output_dir) / ".images").absolute(), config.data.pixel_limits(), cache_pictures=4096)

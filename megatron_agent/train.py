@@ -7,69 +7,83 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 
 from megatron_agent import cluster, stages
 from megatron_agent.config import RunConfig
+from megatron_agent.data.images import ImageStore
+from megatron_agent.errors import EngineError, StopRequested
 from megatron_agent.evaluate import evaluate
+from megatron_agent.models.base import ModelFamily
 from megatron_agent.observe.boards import Boards
 from megatron_agent.observe.metrics import Timer
-from megatron_agent.observe.transcripts import write_transcript
+from megatron_agent.observe.transcripts import rewind_transcripts, write_transcript
 from megatron_agent.report import write_report
 from megatron_agent.rollout.collect import rollout_metrics
-from megatron_agent.run_state import Progress, StopRequested, StopSignal, keep_old_run
+from megatron_agent.run_state import Progress, StopSignal, keep_old_run
 from megatron_agent.sft import warm_start
-from megatron_agent.stages import Stages
+from megatron_agent.stages import Data, Stages
 from megatron_agent.training.samples import to_samples
 
 
 async def train(config: RunConfig) -> Progress:
     """A whole run: warm start, evaluation, RL, evaluation, report. Raises our errors; a stop signal ends it in order."""
-    began_s = time.perf_counter()
     family = stages.check(config)
     resumed = Progress.last(config)
+    store = stages.image_store(config)
+    data = stages.read_data(config, family, store, with_warmup=resumed is None)
     if resumed is None:
         keep_old_run(config.folder)
-    store = stages.image_store(config)
-    data = stages.read_data(config, store, with_warmup=resumed is None)
+    stages.record_config(config)
     progress = resumed or Progress()
     cluster.start_ray()
     stop = StopSignal()  # after Ray, which takes SIGTERM for itself
     try:
         with Boards(config.folder, config.observe, config.training.num_steps) as boards:
-            parts, (trainer_ready, engines_ready) = stages.start(config, family, data, store)
-            await stop.or_done(trainer_ready, "starting the trainer", boards)
-            progress.seconds_setup += time.perf_counter() - began_s
-            began_s = time.perf_counter()
-            if resumed is None and config.sft.num_steps:
-                await stop.or_done(warm_start(parts, boards), "warm start", boards)
-            await parts.actor.reset_optimizer(config.training.lr, config.training.clip_grad)
+            parts = await get_ready(config, family, data, store, progress, boards, stop)
             if resumed is not None:
-                await progress.restore(parts)
                 boards.rewind(progress.step + 1)
-            await stop.or_done(engines_ready, "starting the rollout engines", boards)
-            await parts.sync_weights()
+                rewind_transcripts(config.folder / "transcripts.jsonl", progress.step + 1)
             if not progress.before:
                 await evaluate_all(parts, progress, "before", boards, stop)
             try:
                 for step in range(progress.step + 1, config.training.num_steps + 1):
-                    await one_step(parts, progress, step, boards, stop)
-                    progress.seconds_train += time.perf_counter() - began_s
-                    began_s = time.perf_counter()
-                    if is_due(step, config.checkpoint.every_steps):
-                        await progress.save(parts)
+                    with progress.timed("seconds_train"):
+                        await one_step(parts, progress, step, boards, stop)
+                        if is_due(step, config.checkpoint.every_steps):
+                            await progress.save(parts)
                     if is_due(step, config.evaluation.every_steps) and step < config.training.num_steps:
                         await evaluate_all(parts, progress, "between", boards, stop)
-            except StopRequested:
+            except (StopRequested, EngineError):  # the trainer is whole
                 await progress.save(parts)
                 raise
-            await evaluate_all(parts, progress, "after", boards, stop)
             await progress.save(parts)
+            await evaluate_all(parts, progress, "after", boards, stop)
             write_report(config, progress, store)
             boards.note(f"done: {config.folder}/summary.json, curves.png, trajectories.html")
         return progress
     finally:
         cluster.stop_ray()
+
+
+async def get_ready(
+    config: RunConfig, family: ModelFamily, data: Data, store: ImageStore, progress: Progress, boards: Boards, stop: StopSignal
+) -> Stages:
+    """Trainer and engines up, warm start done or checkpoint loaded, the engines on the trainer's weights."""
+    with progress.timed("seconds_setup"):
+        parts, (trainer_ready, engines_ready) = stages.start(config, family, data, store)
+        await stop.or_done(trainer_ready, "starting the trainer", boards, beside=engines_ready)
+    if data.warmup:
+        with progress.timed("seconds_train"):
+            await stop.or_done(warm_start(parts, boards), "warm start", boards, beside=engines_ready)
+    await parts.actor.reset_optimizer(config.training.lr, config.training.clip_grad)
+    if data.warmup:
+        await progress.save(parts)
+    else:
+        await progress.restore(parts)
+    with progress.timed("seconds_setup"):
+        await stop.or_done(engines_ready, "starting the rollout engines", boards)
+        await parts.sync_weights()
+    return parts
 
 
 def is_due(step: int, every_steps: int) -> bool:
@@ -88,17 +102,22 @@ async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards,
         with timer.phase("train"):
             boards.status(f"step {step}: update on {len(samples)} rows")
             lr = config.training.lr_at(step)
-            metrics = await parts.actor.update(samples, parts.algorithm, lr, config.training.minibatches_per_step)
+            metrics = await parts.actor.update(
+                samples, parts.algorithm, lr, config.training.minibatches_per_step, config.rollout.temperature
+            )
         with timer.phase("sync"):
-            await parts.sync_weights()
+            if samples:
+                await parts.sync_weights()
+            else:
+                boards.note(f"step {step}: no trajectory could be scored; nothing was learned")
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     metrics |= rollout_metrics(groups) | timer.metrics() | {"weight_version": float(parts.weight_version)}
     generated = sum(trajectory.num_response_tokens for trajectory in trajectories)
-    metrics["tokens_per_s"] = (generated + metrics["train_tokens"]) / timer.seconds["step"]
+    metrics["tokens_per_s"] = (generated + metrics.get("train_tokens", 0.0)) / timer.seconds["step"]
     progress.finish_step(step, parts, len(trajectories))
     boards.log(step, metrics)
     write_transcript(config.folder / "transcripts.jsonl", step, trajectories, config.observe.transcripts_per_step)
-    if metrics["logprob_gap_mean"] > config.training.logprob_gap_alarm:
+    if metrics.get("logprob_gap_mean", 0.0) > config.training.logprob_gap_alarm:
         boards.note(
             f"ALARM step {step}: vLLM's and the trainer's log-probs differ by {metrics['logprob_gap_mean']:.2g} on average "
             f"(training.logprob_gap_alarm={config.training.logprob_gap_alarm}): the two sides do not run the same model"
@@ -107,16 +126,15 @@ async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards,
 
 async def evaluate_all(parts: Stages, progress: Progress, when: str, boards: Boards, stop: StopSignal) -> None:
     """Held-out episodes with the tool and, before and after, the same questions without it."""
-    began_s = time.perf_counter()
     data = parts.data
     kinds = [("heldout", "eval", data.heldout), ("without_tool", "eval_without_tool", data.without_tool)]
-    for name, phase, tasks in kinds[:1] if when == "between" else kinds:
-        if not tasks:
-            continue
-        metrics, trajectories = await stop.or_done(evaluate(parts.rollouts, tasks), f"evaluation on {name}", boards)
-        progress.keep_evaluation(when, name, metrics, trajectories)
-        boards.log(progress.step, metrics, phase=phase)
-    progress.seconds_evaluation += time.perf_counter() - began_s
+    with progress.timed("seconds_evaluation"):
+        for name, phase, tasks in kinds[:1] if when == "between" else kinds:
+            if tasks:
+                work = evaluate(parts.rollouts, tasks)
+                metrics, trajectories = await stop.or_done(work, f"evaluation on {name}", boards)
+                progress.keep_evaluation(when, name, metrics, trajectories)
+                boards.log(progress.step, metrics, phase=phase)
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ Written below the output folder, from the seed alone:
 
 - `model/`: a Qwen2.5-VL of under a million parameters with random weights (see tiny_model.py).
 - `warmup.parquet`: scripted conversations for a supervised warm start. The scripts know the format, read what they see,
-  and say rightly where the colour is, yet most often look at the tile beside it. Some pictures lack tiles here, which
+  and say rightly where the colour is, yet most often look at one corner out of habit. Some pictures lack tiles here, which
   lets the model learn first where a tile is and then which of them is meant.
 - `train.parquet`: questions for reinforcement learning; no box, no script. Reward has to teach where to look.
 - `heldout.parquet`: other pictures, answers exactly balanced.
@@ -53,8 +53,9 @@ PLAIN_SYSTEM = "Answer at once."
 PATTERN_QUESTION = "What pattern is on the tile that is {}?"
 PLACE_QUESTION = "Where is the tile that is {}?"
 
-# How often a warm-start script looks at the asked tile, the one beside it, the one above or below, the one across.
-LOOKS = (0.30, 0.50, 0.10, 0.10)
+# How often a warm-start script looks at the asked tile, and how often at the same corner out of habit; else anywhere.
+# A greedy searcher then keeps to its habit, and is right one time in four.
+LOOK_ASKED, LOOK_HABIT, HABIT = 0.28, 0.57, 0
 WARMUP_ROWS = {"tool": 1800, "place": 1900, "direct": 300}
 TRAIN_ROWS = {"tool": 1400, "place": 200}
 HELDOUT_ROWS = 400
@@ -174,7 +175,8 @@ def make_script(kind: str, scene: dict, rng: np.random.Generator) -> list[str]:
         return [answer_turn(PLACES[place], f"{color} {PLACES[place]}")]
     if kind == "direct":
         return [answer_turn(scene["patterns"][place])]
-    seen = place ^ int(rng.choice(4, p=LOOKS))  # places differ by 1 sideways, by 2 up and down
+    elsewhere = int(rng.integers(len(PLACES)))
+    seen = int(rng.choice([place, HABIT, elsewhere], p=[LOOK_ASKED, LOOK_HABIT, 1 - LOOK_ASKED - LOOK_HABIT]))
     return [tool_turn(color, PLACES[place], shown_box(seen)), answer_turn(scene["patterns"][seen])]
 
 

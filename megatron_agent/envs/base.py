@@ -53,6 +53,7 @@ class ToolBase:
     """
 
     name: str = ""
+    runs_inline: ClassVar[bool] = False  # never waits, takes a few ms at most: called on the event loop, without deadline
     config: Any
 
     @dataclass
@@ -86,6 +87,7 @@ class PictureTool(ToolBase):
     `image_refs` are the pictures that the model has seen, the task's first; the session adds those of every observation.
     """
 
+    runs_inline: ClassVar[bool] = True  # a tool that asks a service or computes for long sets it False
     argument_aliases: ClassVar[dict[str, str]] = {}
 
     def reset(self, raw_prompt: Any, multi_modal_data: Any, origin_multi_modal_data: Any, **kwargs: Any) -> None:

@@ -43,6 +43,11 @@ def _rows(shape: Shape, hf: tuple[int, int], local: tuple[int, int], dim: int = 
     return tuple(a), tuple(b)
 
 
+def _refuse_remainder(what: str, length: int, size: int) -> None:
+    if length % size:
+        raise ValueError(f"{what} of {length} does not split over {size} tensor-parallel ranks")
+
+
 @dataclass(frozen=True)
 class Replicated:
     """Every rank holds the whole tensor."""
@@ -64,8 +69,7 @@ class Split:
 
     def padded(self, length: int, size: int) -> int:
         if not self.pad_to_multiple_of:
-            if length % size:
-                raise ValueError(f"a dimension of {length} does not split over {size} tensor-parallel ranks")
+            _refuse_remainder("a dimension", length, size)
             return length
         multiple = self.pad_to_multiple_of * (size if self.scale_multiple_by_size else 1)
         return -(-length // multiple) * multiple
@@ -89,6 +93,8 @@ class Stacked:
     sizes: tuple[int, ...]
 
     def boxes(self, shape: Shape, rank: int, size: int) -> list[tuple[Slices, Slices]]:
+        for length in self.sizes:
+            _refuse_remainder("a dimension", length, size)
         per_rank = shape[0] // size
         offset = sum(self.sizes[: self.part]) // size
         return [_rows(shape, (per_rank * rank, per_rank * (rank + 1)), (offset, offset + per_rank))]
@@ -112,6 +118,9 @@ class Heads:
 
     def boxes(self, shape: Shape, rank: int, size: int) -> list[tuple[Slices, Slices]]:
         heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
+        _refuse_remainder("a number of heads", heads, size)
+        if size % kv_heads:  # else each KV head lies on size / kv_heads ranks
+            _refuse_remainder("a number of KV heads", kv_heads, size)
         local_heads, local_kv = heads // size, max(1, kv_heads // size)
         first_kv = rank * kv_heads // size
         ratio = local_heads // local_kv  # q heads beside one k in this rank's blocks

@@ -84,13 +84,13 @@ class Boards:
         self._display.status(text)
 
     def rewind(self, step: int) -> None:
-        """Forget the training steps from `step` on: a resumed run does them again. Call it before the first `log`.
+        """Forget training and evaluation from `step` on: a resumed run does them again. Call it before the first `log`.
 
-        Lines of other phases stay. What is kept fills the history of the display.
+        Lines of the warm start stay. What is kept fills the history of the display.
         """
         self._close_file()
         self._purge_step = step
-        kept = [row for row in read_metrics(self.metrics_path) if row["phase"] != "train" or row["step"] < step]
+        kept = [row for row in read_metrics(self.metrics_path) if row["phase"] == "sft" or row["step"] < step]
         aside = self.metrics_path.with_suffix(".jsonl.tmp")
         with aside.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)

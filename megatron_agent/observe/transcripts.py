@@ -68,6 +68,23 @@ def read_transcripts(path: Path) -> list[Transcript]:
     return [_from_json(row) for row in read_json_lines(path)]
 
 
+def rewind_transcripts(path: Path, step: int) -> None:
+    """Forget the episodes from `step` on: a resumed run samples them again."""
+    if not path.is_file():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
+    aside = path.with_suffix(".jsonl.tmp")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # a line that a kill cut short
+
+
 def to_transcript(step: int, trajectory: Trajectory) -> Transcript:
     reward = trajectory.reward
     scored = reward if isinstance(reward, RewardParts) else None

@@ -6,17 +6,15 @@ text and back, so the trainer gets the very tokens and pictures that vLLM was co
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_agent.errors import ConfigError, DataError, EnvError
 from megatron_agent.rollout.generation import Generation, Sampling
+from megatron_agent.rollout.tool_calls import ToolDeadlineError, ToolRunner
 from megatron_agent.types import ImageRef, Message, Status, Task, ToolCall, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ class AgentConfig:
     """How an episode goes; the names are DeepEyes', so its configurations read here.
 
     `tool_name_key` is the dataset column that names the tool, `tool_meta_key` the column with what the tool is told.
-    `concurrent_workers` bounds the tools that run at once, `tool_timeout_s` each of them.
+    `concurrent_workers` bounds the tools that run at once, `tool_timeout_s` each of their calls once it runs.
     """
 
     activate_agent: bool = True
@@ -79,16 +77,17 @@ async def run_episode(
     agent: AgentConfig,
     sampling: Sampling,
     max_model_len: int,
-    tool_pool: Executor | None = None,
+    tools: ToolRunner,
 ) -> Trajectory:
     """One rollout of `task`; it always comes back with a typed status, whatever the model or its tool does.
 
-    waits for: `generate` (an engine), the tool (in `tool_pool`, at most `agent.tool_timeout_s`).
+    waits for: `generate` (an engine), the tool (a place in `tools`, then at most its deadline).
     unblocked by: the end of the turn, the tool's answer or its deadline.
-    produces: a Trajectory without reward. `max_tokens`, `stop` and the turn's own seed are set in `sampling` here.
+    produces: a Trajectory without reward; without turns where the prompt leaves no room (CONTEXT_FULL) or the tool cannot
+    start (ABORTED). `max_tokens`, `stop` and the turn's own seed are set in `sampling` here.
     Raises DataError for a task whose pictures and messages do not match, EngineError when no engine is left.
     """
-    episode = _Episode(task, sample_index, generate, renderer, agent, sampling, max_model_len, tool_pool)
+    episode = _Episode(task, sample_index, generate, renderer, agent, sampling, max_model_len, tools)
     return await episode.run(env_factory)
 
 
@@ -103,20 +102,28 @@ class _Episode:
     agent: AgentConfig
     sampling: Sampling
     max_model_len: int
-    tool_pool: Executor | None
-    late_call: asyncio.Future | None = None
+    tools: ToolRunner
 
     async def run(self, env_factory: Callable[[Task], EnvSession | None]) -> Trajectory:
         start_s = time.perf_counter()
-        session = env_factory(self.task) if self.agent.activate_agent and self.task.env_name else None
-        if session is not None:
-            await self._in_pool(functools.partial(session.reset, self.task))
         prompt = self.renderer.prompt(self.task.messages, self.task.images)
         trajectory = Trajectory(self.task, self.sample_index, list(prompt))
         self.row, self.images = prompt, list(self.task.images)
-        trajectory.status = await self._turns(trajectory, session)
+        session = env_factory(self.task) if self.agent.activate_agent and self.task.env_name else None
+        if session is None or await self._can_start(session):
+            trajectory.status = await self._turns(trajectory, session)
+        else:
+            trajectory.status = Status.ABORTED
         trajectory.seconds = time.perf_counter() - start_s
         return trajectory
+
+    async def _can_start(self, session: EnvSession) -> bool:
+        try:
+            await self.tools.call(session, session.reset, self.task)
+        except Exception as error:  # noqa: BLE001 - foreign code; without its tool the episode is worth nothing
+            logger.warning("task %s: env %s did not start: %r", self.task.task_id, self.task.env_name, error)
+            return False
+        return True
 
     async def _turns(self, trajectory: Trajectory, session: EnvSession | None) -> Status:
         last_turn = self.agent.max_turns - 1 if session is not None else 0
@@ -169,27 +176,23 @@ class _Episode:
             ended, stop_reason = Status.EMITTED_PLACEHOLDER, "placeholder"
         kept = len(token_ids)
         logprobs, versions = generation.logprobs[:kept], generation.weight_versions[:kept]
-        return Turn(token_ids, logprobs, versions, self.renderer.decode(token_ids), stop_reason), ended
+        return Turn(token_ids, logprobs, versions, self._text_of(token_ids), stop_reason), ended
+
+    def _text_of(self, token_ids: list[int]) -> str:
+        """With the special tokens that the model wrote, such as a forged turn of the user: rewards look for them."""
+        ended = bool(token_ids) and token_ids[-1] in self.renderer.stop_token_ids
+        return self.renderer.decode(token_ids[:-1] if ended else token_ids, special_tokens=True)
 
     async def _step(self, session: EnvSession, action_text: str) -> StepResult:
-        """The session turns whatever the tool does into a result; only the deadline is kept here.
-
-        A thread cannot be stopped: while a tool that passed its deadline still runs, its session takes no other call.
-        """
+        """The session turns whatever the tool does into a result; only a call that does not come back is seen to here."""
         from megatron_agent.envs.base import failed_step
 
-        if self.late_call is not None and not self.late_call.done():
-            return failed_step(self.task.env_name, EnvError("the tool is still busy with an earlier call"))
-        session.image_refs[:] = self.images  # a late or unshown answer may have left pictures that the model never saw
-        call = asyncio.ensure_future(self._in_pool(functools.partial(session.step, action_text)))
-        done, _ = await asyncio.wait({call}, timeout=self.agent.tool_timeout_s)
-        if done:
-            return call.result()
-        self.late_call = call
-        logger.warning("tool %s passed its deadline on task %s", self.task.env_name, self.task.task_id)
-        failed = failed_step(self.task.env_name, EnvError(f"the tool did not answer within {self.agent.tool_timeout_s:g} s"))
+        try:
+            return await self.tools.call(session, _step_seeing, session, self.images, action_text)
+        except EnvError as error:
+            failed, late = failed_step(self.task.env_name, error), isinstance(error, ToolDeadlineError)
         assert failed.tool_call is not None
-        return replace(failed, tool_call=replace(failed.tool_call, seconds=self.agent.tool_timeout_s))
+        return replace(failed, tool_call=replace(failed.tool_call, seconds=self.tools.timeout_s if late else 0.0))
 
     def _observe(self, turn: Turn, result: StepResult) -> bool:
         """Append the observation to the row; False when it does not fit (then nothing is appended)."""
@@ -222,25 +225,8 @@ class _Episode:
     def _ended_by_eos(self, turn: Turn) -> bool:
         return bool(turn.token_ids) and turn.token_ids[-1] == self.renderer.end_of_turn_id
 
-    def _in_pool(self, call: Callable) -> Awaitable:
-        return asyncio.get_running_loop().run_in_executor(self.tool_pool, call)
 
-
-def scripted_generate(script: tuple[str, ...], renderer: ChatRenderer) -> Generate:
-    """A policy that says `script`, one string per turn, ended as the model ends its turns; log-probs are 0.
-
-    With it the supervised warm start walks through the same loop, tools and masks as a rollout. A turn that asks for more
-    than its token budget comes back cut, as the model's would. Raises DataError when the episode outlasts the script.
-    """
-    turns = iter(script)
-
-    async def generate(row: list[int], images: list[ImageRef], sampling: Sampling, /) -> Generation:
-        text = next(turns, None)
-        if text is None:
-            raise DataError(f"the script has {len(script)} turns and its episode goes on; its last turn must answer")
-        whole = [*renderer.encode(text), renderer.end_of_turn_id]
-        token_ids = whole[: sampling.max_tokens]
-        reason = "stop" if len(token_ids) == len(whole) else "length"
-        return Generation(token_ids, [0.0] * len(token_ids), [0] * len(token_ids), reason)
-
-    return generate
+def _step_seeing(session: EnvSession, images: list[ImageRef], action_text: str) -> StepResult:
+    """A late or unshown answer may have left pictures that the model never saw; the tool counts only those of `images`."""
+    session.image_refs[:] = images
+    return session.step(action_text)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from megatron_agent.rollout.agent_loop import AgentConfig, run_episode, scripted_generate
+from megatron_agent.rollout.agent_loop import AgentConfig, run_episode
 from megatron_agent.rollout.collect import collect, trajectory_seed
 from megatron_agent.rollout.engine import RolloutConfig, Sampling
+from megatron_agent.rollout.scripted import check_scripted, scripted_generate
+from megatron_agent.rollout.tool_calls import ToolRunner
 from megatron_agent.types import Task, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_agent.envs.base import EnvSession
     from megatron_agent.models.renderer import ChatRenderer
     from megatron_agent.rewards.base import RewardBase
+    from megatron_agent.rollout.agent_loop import Generate
     from megatron_agent.rollout.pool import EnginePool
 
 IN_FLIGHT_PER_ENGINE = 2  # times max_num_seqs: enough that no engine waits for an episode to start
@@ -38,7 +40,7 @@ class Rollouts:
     ) -> None:
         self.pool, self.renderer, self.store, self.reward = pool, renderer, store, reward
         self.agent, self.config, self.env_configs, self.seed = agent, config, env_configs, seed
-        self.tools = ThreadPoolExecutor(agent.concurrent_workers, thread_name_prefix="tool")
+        self.tools = ToolRunner(agent.concurrent_workers, agent.tool_timeout_s)
 
     async def sample(self, tasks: Sequence[Task], step: int) -> list[TrajectoryGroup]:
         """`rollout.group_size` episodes of each task at the run's temperature; reproducible from (seed, step, task)."""
@@ -49,13 +51,23 @@ class Rollouts:
         return [group.trajectories[0] for group in await self._collect(tasks, 1, 0.0, 0)]
 
     async def scripted(self, tasks: Sequence[Task]) -> list[Trajectory]:
-        """Episodes whose turns are the tasks' scripts; tools run for real, nothing is scored."""
-        sampling = Sampling()
-        return [
-            await run_episode(task, 0, scripted_generate(task.script, self.renderer), self.renderer, self._session, self.agent,
-                              sampling, self.config.max_model_len)
-            for task in tasks
-        ]  # fmt: skip
+        """Episodes whose turns are the tasks' scripts; tools run for real, nothing is scored.
+
+        Raises DataError, naming the task, for a script that does not go through: a failed tool call, turns left over, no
+        answer.
+        """
+        trajectories = []
+        for task in tasks:
+            generate = scripted_generate(task, self.renderer)
+            trajectory = await self._episode(task, 0, generate, Sampling())
+            check_scripted(trajectory)
+            trajectories.append(trajectory)
+        return trajectories
+
+    async def _episode(self, task: Task, index: int, generate: Generate, sampling: Sampling) -> Trajectory:
+        return await run_episode(
+            task, index, generate, self.renderer, self._session, self.agent, sampling, self.config.max_model_len, self.tools
+        )
 
     async def _collect(self, tasks: Sequence[Task], num_samples: int, temperature: float, step: int) -> list[TrajectoryGroup]:
         in_flight = IN_FLIGHT_PER_ENGINE * self.config.max_num_seqs * self.config.num_engines
@@ -69,9 +81,7 @@ class Rollouts:
                 banned_token_ids=tuple(sorted(self.renderer.forbidden_ids)) if self.config.ban_special_tokens else (),
             )
             generate = functools.partial(self.pool.generate, f"{step}/{task.task_id}/{index}")
-            return await run_episode(
-                task, index, generate, self.renderer, self._session, self.agent, sampling, self.config.max_model_len, self.tools
-            )
+            return await self._episode(task, index, generate, sampling)
 
         if not self.agent.show_tqdm:
             return await collect(tasks, num_samples, run_one, self.reward, in_flight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +58,8 @@ class TrainingConfig:
             raise ConfigError(f"training.dtype={self.dtype!r}; allowed: float32, bfloat16")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"training.betas={self.betas}: two numbers in [0, 1)")
-        if self.lr <= 0:
-            raise ConfigError(f"training.lr={self.lr} must be above 0")
+        if not (0 < self.lr < math.inf and self.clip_grad >= 0):
+            raise ConfigError(f"training.lr={self.lr} must be above 0, training.clip_grad={self.clip_grad} 0 (off) or more")
 
     def lr_at(self, step: int) -> float:
         """Rate of update `step`, counted from 1: linear warm-up, then constant."""
@@ -75,33 +76,36 @@ class Actor:
     def __init__(self, workers: Sequence[Any], config: TrainingConfig) -> None:
         self.workers, self.config, self.layout = list(workers), config, config.layout
 
-    async def set_up(self, family: str, model_path: str, temperature: float, seed: int) -> None:
+    async def set_up(self, family: str, model_path: str, seed: int) -> None:
         address = await self.workers[0].address.remote()
-        await self._all("set_up", address, family, model_path, self.config.dtype, self.config.recompute, temperature, seed)
+        await self._all("set_up", address, family, model_path, self.config.dtype, self.config.recompute, seed)
 
     async def reset_optimizer(self, lr: float, clip_grad: float) -> None:
         await self._all("reset_optimizer", lr, self.config.weight_decay, tuple(self.config.betas), clip_grad)
 
     async def update(
-        self, samples: list[TrainSample], algorithm: Algorithm, lr: float, num_minibatches: int = 1
+        self, samples: list[TrainSample], algorithm: Algorithm, lr: float, num_minibatches: int = 1, temperature: float = 1.0
     ) -> dict[str, float]:
         """`num_minibatches` optimizer steps over the samples, whole groups kept in one -> metrics of the step.
 
         With one mini-batch the ratio's old log-probs are those of the update's own forward pass (it is 1, exactly);
-        with more they are computed first, under the weights before the first.
+        with more they are computed first, under the weights before the first. `temperature` is the one that was sampled
+        at: log-probs are of that distribution. No samples: nothing happens.
         """
         import ray
 
         from megatron_agent.training.loss import LossStats
 
+        if not samples:
+            return {}
         gap: LossStats | None = None
         if num_minibatches > 1:
-            gap = await self._fill_old_logprobs(samples)
+            gap = await self._fill_old_logprobs(samples, temperature)
         total, norms = LossStats(), []
         for part in minibatches(samples, num_minibatches):
             plan = self._plan(part)
             tokens = sum(sample.num_action_tokens for sample in part)
-            results = await self._all("update", ray.put(part), plan, algorithm, tokens, lr)
+            results = await self._all("update", ray.put(part), plan, algorithm, tokens, lr, temperature)
             for stats, _ in results:
                 if stats is not None:
                     total.merge(stats)
@@ -112,13 +116,13 @@ class Actor:
         num_tokens = sum(sample.num_tokens for sample in samples)
         return metrics | {"grad_norm": sum(norms) / len(norms), "lr": lr, "train_tokens": float(num_tokens)}
 
-    async def _fill_old_logprobs(self, samples: list[TrainSample]) -> LossStats:
+    async def _fill_old_logprobs(self, samples: list[TrainSample], temperature: float) -> LossStats:
         import ray
 
         from megatron_agent.training.loss import LossStats
 
         gap = LossStats()
-        for found, stats in await self._all("logprobs", ray.put(samples), self._plan(samples)):
+        for found, stats in await self._all("logprobs", ray.put(samples), self._plan(samples), temperature):
             gap.merge(stats)
             for index, values in found.items():
                 of_actions = iter(values)

@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import CheckpointError
-from megatron_agent.models.mapping import Piece, as_index
+from megatron_agent.models.mapping import Entry, Piece, Split, as_index
 
 if TYPE_CHECKING:
     import torch
@@ -27,36 +29,47 @@ STATE_FILE = "state.json"
 
 def weight_files(path: Path) -> dict[str, Path]:
     """HF tensor name -> the safetensors file that holds it. Raises CheckpointError for unreadable or missing files."""
-    from safetensors import SafetensorError, safe_open
-
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            files = {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: damaged index: {error!r}") from error
         missing = sorted({str(f) for f in files.values() if not f.is_file()})
         if missing:
             raise CheckpointError(f"{path}: the index names files that are not there: {missing[:3]}")
         return files
     names: dict[str, Path] = {}
     for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as reader:
-                names.update(dict.fromkeys(reader.keys(), file))
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: damaged or truncated safetensors file: {error}") from error
+        with open_safetensors(file) as reader:
+            names.update(dict.fromkeys(reader.keys(), file))
     return names
 
 
-def load_hf_shards(module: torch.nn.Module, pieces: list[Piece], path: Path) -> None:
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """The reader of one safetensors file. Raises CheckpointError naming the file that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: damaged or truncated safetensors file: {error}") from error
+
+
+def load_hf_shards(module: torch.nn.Module, pieces: list[Piece], path: Path, table: list[Entry]) -> None:
     """Fill the module's parameters from an HF folder; only the bytes of this rank's boxes are read.
 
+    `pieces` are this rank's of `table`. A rank that holds nothing but padding of the vocabulary gets zeros.
     Raises CheckpointError naming the tensor that is missing, misshapen, or the parameter that nothing fills.
     """
     import torch
-    from safetensors import safe_open
 
     files = weight_files(path)
+    shapes = {entry.hf_name: entry.shape for entry in table}
     parameters = dict(module.named_parameters())
-    unfilled = set(parameters) - {p.param for p in pieces}
+    unfilled = set(parameters) - {p.param for p in pieces} - padded_parameters(table)
     if unfilled:
         raise CheckpointError(f"no weight rule fills parameters {sorted(unfilled)[:3]}")
     by_file: dict[Path, list[Piece]] = defaultdict(list)
@@ -68,16 +81,22 @@ def load_hf_shards(module: torch.nn.Module, pieces: list[Piece], path: Path) -> 
         for parameter in parameters.values():
             parameter.zero_()  # the vocabulary's padding
         for file, its_pieces in by_file.items():
-            with safe_open(file, framework="pt") as reader:
+            with open_safetensors(file) as reader:
+                held = set(reader.keys())
                 for piece in its_pieces:
-                    source = reader.get_slice(piece.hf_name)
-                    shape = source.get_shape()
-                    if len(shape) != len(piece.hf_slice) or any(stop > n for (_, stop), n in zip(piece.hf_slice, shape)):
-                        raise CheckpointError(
-                            f"{file}: {piece.hf_name} has shape {list(shape)}, the config calls for at least "
-                            f"{[stop for _, stop in piece.hf_slice]}"
-                        )
+                    name = piece.hf_name
+                    if name not in held:
+                        raise CheckpointError(f"{file}: tensor {name!r} is not in the file that the index names for it")
+                    source = reader.get_slice(name)
+                    shape, wanted = tuple(source.get_shape()), shapes[name]
+                    if shape != wanted:
+                        raise CheckpointError(f"{file}: {name} has shape {list(shape)}, the config calls for {list(wanted)}")
                     parameters[piece.param][as_index(piece.param_slice)].copy_(source[as_index(piece.hf_slice)])
+
+
+def padded_parameters(table: list[Entry]) -> set[str]:
+    """Parameters of which a tensor rank may hold padding only: those split after padding (the vocabulary)."""
+    return {entry.param for entry in table if isinstance(entry.rule, Split) and entry.rule.pad_to_multiple_of}
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -90,11 +109,23 @@ def complete_checkpoints(root: Path) -> list[Path]:
 
 
 def begin_checkpoint(root: Path, step: int) -> Path:
-    """An empty folder to write step `step` into, aside from its final name."""
+    """An empty folder to write step `step` into, aside from its final name.
+
+    What killed runs left half written or half deleted in `root` is removed.
+    """
+    for stale in (*root.glob(".step_*.partial"), *root.glob(".step_*.old")):
+        shutil.rmtree(stale, ignore_errors=True)
     aside = root / f".{step_folder(root, step).name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     return aside
+
+
+def drop_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint folder so that a kill in between never leaves half of it under its final name."""
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)  # what stays is removed before the next checkpoint
 
 
 def finish_checkpoint(root: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -104,13 +135,14 @@ def finish_checkpoint(root: Path, step: int, state: dict[str, Any], keep: int) -
         json.dump(state, file)
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        drop_checkpoint(final)
     os.replace(aside, final)
     folder = os.open(root, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
     for old in complete_checkpoints(root)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        drop_checkpoint(old)
     return final
 
 

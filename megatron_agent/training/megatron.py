@@ -6,6 +6,7 @@ Never `megatron.training`, no global arguments. Written to the API that megatron
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -36,7 +37,6 @@ class MegatronModel:
         family: ModelFamily,
         layout: Layout,
         dtype: str,
-        sampling_temperature: float,
         seed: int,
         recompute: str = "none",
     ) -> None:
@@ -45,7 +45,7 @@ class MegatronModel:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        self.family, self.layout, self.temperature = family, layout, sampling_temperature
+        self.family, self.layout, self.temperature = family, layout, 1.0
         self.rank = dist.get_rank()
         parallel_state.initialize_model_parallel(
             layout.tensor_parallel, layout.pipeline_parallel, context_parallel_size=layout.context_parallel
@@ -74,7 +74,7 @@ class MegatronModel:
             module.cuda(torch.cuda.current_device())
         table = family.table(layout, torch.cuda.is_available())
         self.pieces = megatron_pieces(table, layout, num_layers, self.rank)
-        load_hf_shards(module, self.pieces, family.path)
+        load_hf_shards(module, self.pieces, family.path, table)
         mark_tensor_parallel(module, {p.param for p in self.pieces if is_tensor_parallel(p, table)})
         if dtype == "bfloat16":
             from megatron.core.transformer.module import Float16Module
@@ -122,11 +122,13 @@ class MegatronModel:
         algorithm: Algorithm,
         denominator_tokens: int,
         lr: float,
+        temperature: float,
     ) -> tuple[LossStats, float]:
         """One optimizer step on this rank's micro-batches -> (loss statistics, gradient norm). Collective.
 
         Raises TrainingError when the loss or the gradient is not finite; no parameter has changed then.
         """
+        self.temperature = temperature
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -136,15 +138,18 @@ class MegatronModel:
         self._refuse_nan(stats)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        ok, grad_norm, _ = self.optimizer.step()
-        if not ok or grad_norm is None or not torch.isfinite(torch.as_tensor(grad_norm)):
-            raise TrainingError(f"rank {self.rank}: gradient norm is {grad_norm}: the step was not taken")
-        return stats, float(grad_norm)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())  # over all ranks, so that all of them decide alike
+        if not math.isfinite(grad_norm):
+            raise TrainingError(f"rank {self.rank}: the gradient norm is {grad_norm}; the step was not taken")
+        self.optimizer.step()
+        return stats, grad_norm
 
     def logprobs(
-        self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels
+        self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels, temperature: float
     ) -> tuple[dict[int, list[float]], LossStats]:
         """Sample index -> log-probs of its action tokens under the current weights (empty but on reporters)."""
+        self.temperature = temperature
         self.ddp.eval()
         stats = LossStats()
         found: dict[int, list[float]] = {}
@@ -192,7 +197,7 @@ class MegatronModel:
 
         layout = self.layout
         multiple = layout.segment_multiple
-        rows = [sum(padded_length(samples[i].num_tokens, multiple) for i in ids) for ids in microbatches]
+        rows = [max(1, sum(padded_length(samples[i].num_tokens, multiple) for i in ids)) for ids in microbatches]
         longest = padded_length(max(rows), layout.row_multiple)
         # The stages of a pipeline exchange tensors of one agreed length.
         pad_to = [longest if layout.pipeline_parallel > 1 else padded_length(row, layout.row_multiple) for row in rows]

@@ -47,7 +47,6 @@ class Worker:
         model_path: str,
         dtype: str,
         recompute: str,
-        temperature: float,
         seed: int,
     ) -> None:
         """Join the process group and load this rank's shard of the checkpoint."""
@@ -63,21 +62,27 @@ class Worker:
         from megatron_agent.training.megatron import MegatronModel
 
         self.family: ModelFamily = registry.resolve("models", family_name)(model_path)
-        self.model = MegatronModel(self.family, self.layout, dtype, temperature, seed, recompute)
+        self.model = MegatronModel(self.family, self.layout, dtype, seed, recompute)
 
     def reset_optimizer(self, lr: float, weight_decay: float, betas: tuple[float, float], clip_grad: float) -> None:
         self.model.reset_optimizer(lr, weight_decay, betas, clip_grad)
 
     def update(
-        self, samples: list[TrainSample], plan: list[list[list[int]]], algorithm: Algorithm, denominator_tokens: int, lr: float
+        self,
+        samples: list[TrainSample],
+        plan: list[list[list[int]]],
+        algorithm: Algorithm,
+        denominator_tokens: int,
+        lr: float,
+        temperature: float,
     ):
         """-> (LossStats, gradient norm), statistics of reporters only. `plan` is indexed by data-parallel rank."""
-        stats, norm = self.model.update(samples, self._mine(plan), self._pixels, algorithm, denominator_tokens, lr)
+        stats, norm = self.model.update(samples, self._mine(plan), self._pixels, algorithm, denominator_tokens, lr, temperature)
         return (stats if self.model.is_reporter else None), norm
 
-    def logprobs(self, samples: list[TrainSample], plan: list[list[list[int]]]):
+    def logprobs(self, samples: list[TrainSample], plan: list[list[list[int]]], temperature: float):
         """-> (sample index -> log-probs of its action tokens, LossStats) on reporters, else empty."""
-        return self.model.logprobs(samples, self._mine(plan), self._pixels)
+        return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
 
     def send_weights(self, plan: list[ShardCopy], folder: str) -> list[int]:
         """This rank's part of a weight transfer -> checksums in plan order."""

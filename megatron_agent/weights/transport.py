@@ -55,15 +55,15 @@ def read_shards(
 ) -> Iterator[tuple[ShardCopy, torch.Tensor]]:
     """Shards for one receiver, verified. `copies` in plan order with their senders' checksums.
 
-    Raises WeightSyncError naming the parameter whose bytes are not those that were sent.
+    Raises WeightSyncError naming the parameter whose bytes did not arrive or are not those that were sent.
     """
-    element_bytes = torch.empty(0, dtype=dtype).element_size()
     maps: dict[int, tuple[torch.Tensor, int]] = {}
     for copy, expected in zip(copies, checksums, strict=True):
         if copy.src_rank not in maps:
-            path = folder / file_name(copy.src_rank, copy.dst_rank)
-            size = path.stat().st_size // element_bytes
-            maps[copy.src_rank] = (torch.from_file(str(path), shared=False, size=size, dtype=dtype), 0)
+            try:
+                maps[copy.src_rank] = (_mapped(folder / file_name(copy.src_rank, copy.dst_rank), dtype), 0)
+            except OSError as error:
+                raise WeightSyncError(f"parameter {copy.dst_param} from rank {copy.src_rank} did not arrive: {error}") from error
         data, offset = maps[copy.src_rank]
         count = prod(copy.shape)
         shard = data[offset : offset + count]
@@ -71,3 +71,9 @@ def read_shards(
         if shard.numel() != count or checksum(shard) != expected:
             raise WeightSyncError(f"parameter {copy.dst_param} {copy.dst_slice} from rank {copy.src_rank}: wrong bytes arrived")
         yield copy, shard.view(copy.shape)
+
+
+def _mapped(path: Path, dtype: torch.dtype) -> torch.Tensor:
+    """The elements of a file, whole ones only, mapped and not read. Raises OSError."""
+    size = path.stat().st_size // dtype.itemsize
+    return torch.from_file(str(path), shared=False, size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 from megatron_agent.training.layout import Layout
-from megatron_agent.training.packing import plan_microbatches
+from megatron_agent.training.packing import padded_length, plan_microbatches
 from megatron_agent.types import ImageRef, TrainSample
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.01, 1.0
@@ -48,22 +48,23 @@ def make_samples(family):
     return samples
 
 
-def make_model(path, layout, temperature=1.0):
+def make_model(path, layout, recompute="none"):
     from megatron_agent.training.megatron import MegatronModel
 
-    return MegatronModel(Qwen2_5_VL(path), layout, "float32", temperature, seed=0)
+    return MegatronModel(Qwen2_5_VL(path), layout, "float32", seed=0, recompute=recompute)
 
 
 def plan_for(samples, layout, budget):
     fewest = 1 if layout.pipeline_parallel == 1 else 2 * layout.pipeline_parallel
-    return plan_microbatches([s.num_tokens for s in samples], budget, layout.data_parallel, fewest)
+    lengths = [padded_length(s.num_tokens, layout.segment_multiple) for s in samples]
+    return plan_microbatches(lengths, budget, layout.data_parallel, fewest)
 
 
 class Steps:
     """Adam steps of cross-entropy on the same rows."""
 
-    def __init__(self, path: Path, layout: Layout, budget: int = BUDGET_TOKENS, temperature: float = 1.0) -> None:
-        self.model = make_model(path, layout, temperature)
+    def __init__(self, path: Path, layout: Layout, budget: int = BUDGET_TOKENS, recompute: str = "none") -> None:
+        self.model = make_model(path, layout, recompute)
         self.samples = make_samples(self.model.family)
         self.plan = plan_for(self.samples, layout, budget)[self.model.at.data]
         self.denominator = sum(s.num_action_tokens for s in self.samples)
@@ -75,24 +76,26 @@ class Steps:
 
         taken = []
         for _ in range(count):
-            stats, norm = self.model.update(self.samples, self.plan, pixels, algorithm or Supervised(), self.denominator, LR)
+            algorithm = algorithm or Supervised()
+            stats, norm = self.model.update(self.samples, self.plan, pixels, algorithm, self.denominator, LR, 1.0)
             reports = self.model.is_reporter
             taken.append((stats.sums["loss"] if reports else 0.0, stats.num_tokens if reports else 0, norm))
         return taken
 
 
-def train(path, layout, budget=BUDGET_TOKENS, temperature=1.0, count=5):
+def train(path, layout, budget=BUDGET_TOKENS, temperature=1.0, count=5, recompute="none"):
     """-> log-probs before the first step, the steps, and where Megatron says that this rank sits."""
     from megatron.core import parallel_state
 
-    steps = Steps(path, layout, budget, temperature)
-    logprobs, _ = steps.model.logprobs(steps.samples, steps.plan, pixels)
+    steps = Steps(path, layout, budget, recompute)
+    logprobs, _ = steps.model.logprobs(steps.samples, steps.plan, pixels, temperature)
     at = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
     )
-    ours = (steps.model.at.tensor, steps.model.at.data, steps.model.at.pipeline)
+    ours = (steps.model.at.tensor, steps.model.at.data, steps.model.at.pipeline, steps.model.at.context)
     return {"logprobs": logprobs, "steps": steps.take(count), "at": at, "ours": ours, "num_microbatches": len(steps.plan)}
 
 
@@ -106,7 +109,7 @@ def gradient_errors(path, layout, reference, budget=BUDGET_TOKENS):
     steps = Steps(path, layout, budget)
     model = steps.model
     model.reset_optimizer(0.0, 0.0, BETAS, 0.0)  # no clipping, no step: the gradients stay as they are summed
-    model.update(steps.samples, steps.plan, pixels, Supervised(), steps.denominator, 0.0)
+    model.update(steps.samples, steps.plan, pixels, Supervised(), steps.denominator, 0.0, 1.0)
     parameters = dict(model.module.named_parameters())
     errors = {}
     with safe_open(reference, framework="pt") as reader:

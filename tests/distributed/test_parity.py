@@ -1,6 +1,6 @@
 """Real ranks over gloo against transformers, and every layout against one rank.
 
-Not covered: bfloat16, GPUs, virtual pipeline stages, context parallelism, more than four ranks.
+Not covered: bfloat16, GPUs, virtual pipeline stages, more than four ranks.
 """
 
 import functools
@@ -19,6 +19,10 @@ LAYOUTS = {
     "dp2": Layout(1, 1, 2),
     "tp2pp2": Layout(2, 2, 1),
     "tp2dp2": Layout(2, 1, 2),
+    "tp2sp": Layout(2, sequence_parallel=True),
+    "cp2": Layout(context_parallel=2),
+    "tp2cp2sp": Layout(2, context_parallel=2, sequence_parallel=True),
+    "pp2cp2": Layout(pipeline_parallel=2, context_parallel=2),
 }
 CASES = [("tied", "one"), *(("tied", name) for name in LAYOUTS), ("untied", "tp2pp2")]
 
@@ -90,7 +94,8 @@ def test_temperature_is_that_of_sampling(ranks, tiny_models, references):
 
 
 @pytest.mark.parametrize(
-    ("model", "layout"), [("tied", "one"), ("untied", "tp2"), ("tied", "pp2"), ("tied", "tp2pp2"), ("untied", "tp2pp2")]
+    ("model", "layout"),
+    [("tied", "one"), ("untied", "tp2"), ("tied", "pp2"), ("tied", "tp2pp2"), ("untied", "tp2pp2"), ("untied", "tp2sp")],
 )
 def test_gradients_equal_transformers(ranks, tiny_models, references, model, layout):
     """Of every parameter, vision tower included. Data parallel ranks hold parts of the sum and are left to the steps."""
@@ -101,6 +106,14 @@ def test_gradients_equal_transformers(ranks, tiny_models, references, model, lay
     errors = {f"rank {rank} {name}": error for rank, (found, _) in enumerate(results) for name, error in found.items()}
     assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
     assert all(total == 0 for _, padding in results for total in padding), "the vocabulary's padding has a gradient"
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_change_nothing(trained, ranks, tiny_models, recompute):
+    layout = LAYOUTS["tp2sp"]
+    losses, norms = of_steps(ranks.run(2, rank_jobs.train, tiny_models["tied"], layout, 90, 1.0, 5, recompute))
+    expected_losses, expected_norms = of_steps(trained("tied", "one"))
+    assert losses == pytest.approx(expected_losses, abs=1e-5) and norms == pytest.approx(expected_norms, rel=1e-5)
 
 
 def test_splits_into_microbatches_do_not_matter(trained, ranks, tiny_models):

@@ -44,10 +44,16 @@ def train_rows(folder):
     return [row for row in read_metrics(folder / "metrics.jsonl") if row["phase"] == "train"]
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+LAYOUTS = {
+    "tensor": [],
+    "pipeline": ["training.tensor_parallel=1", "training.pipeline_parallel=2"],
+    "data": ["training.tensor_parallel=1", "training.data_parallel=2", "training.minibatches_per_step=2"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_steps_then_resume(overrides, tmp_path, layout):
-    if layout == "pipeline":
-        overrides += ["training.tensor_parallel=1", "training.pipeline_parallel=2"]
+    overrides += LAYOUTS[layout]
     run(overrides)
     folder = tmp_path / "run"
     rows = train_rows(folder)
@@ -55,7 +61,8 @@ def test_two_steps_then_resume(overrides, tmp_path, layout):
     for row in rows:
         assert math.isfinite(row["loss"]) and row["grad_norm"] >= 0
         assert row["logprob_gap_mean"] <= 1e-5  # vLLM against Megatron, pictures included
-        assert row["ratio_max"] == 1.0  # one update per batch: the policy that sampled is the one that is updated
+        if layout != "data":
+            assert row["ratio_max"] == 1.0  # one update per batch: the policy that sampled is the one that is updated
     assert [row["weight_version"] for row in rows] == [2.0, 3.0]
     summary = json.loads((folder / "summary.json").read_text())
     assert {name for name in SUMMARY_KEYS if summary[name] is None} == set()
@@ -70,6 +77,11 @@ def test_two_steps_then_resume(overrides, tmp_path, layout):
         run([*overrides, "training.num_steps=3", "resume=auto"])
         assert [row["step"] for row in train_rows(folder)] == [1, 2, 3]
         assert train_rows(folder)[:2] == rows
+        whole = [*overrides, "training.num_steps=3", "name=whole"]
+        run(whole)
+        resumed, never_stopped = train_rows(folder)[2], train_rows(tmp_path / "whole")[2]
+        for name in ("loss", "grad_norm", "reward", "response_tokens", "weight_version"):
+            assert resumed[name] == pytest.approx(never_stopped[name], rel=1e-4, abs=1e-6), name
 
 
 def test_weights_arrive_in_vllm(overrides):
@@ -78,7 +90,7 @@ def test_weights_arrive_in_vllm(overrides):
     async def play(config):
         family = stages.check(config)
         store = stages.image_store(config)
-        data = stages.read_data(config, store)
+        data = stages.read_data(config, family, store)
         parts, ready = stages.start(config, family, data, store)
         await asyncio.gather(*ready)
         engine = parts.rollouts.pool.handles[0]
@@ -105,10 +117,15 @@ def test_weights_arrive_in_vllm(overrides):
     assert max(gaps) <= 1e-5
 
 
-def test_kill_leaves_no_process_behind(overrides):
-    """kill -9 of the driver in the middle of a run: 15 s later nothing of it is left."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_driver_leaves_no_process_behind(overrides, tmp_path, number):
+    """In the middle of a run: 15 s later nothing of it is left; told to stop, it has saved its last finished step."""
     driver = subprocess.Popen(
-        command([*overrides, "training.num_steps=1000"]), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command([*overrides, "training.num_steps=1000", "checkpoint.every_steps=0"]),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert driver.stderr is not None
     for line in driver.stderr:
@@ -116,9 +133,13 @@ def test_kill_leaves_no_process_behind(overrides):
             break
     below = psutil.Process(driver.pid).children(recursive=True)
     assert len(below) >= 5  # two trainer ranks, an engine and its core, Ray's own
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
+    os.kill(driver.pid, number)
     deadline = time.monotonic() + 15
-    while any(p.is_running() for p in below) and time.monotonic() < deadline:
+    while (driver.poll() is None or any(p.is_running() for p in below)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    if number == signal.SIGKILL:
+        assert driver.returncode == -signal.SIGKILL
+    else:
+        assert driver.returncode == 130
+        assert any((tmp_path / "run" / "checkpoints").glob("step_????????/state.json"))
