@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_agent.data.images import ImageStore
 
 log = logging.getLogger(__name__)
+DEVICES = "megatron_agent_devices"  # the placement group of a colocated run
 _reaper: subprocess.Popen | None = None
 
 
@@ -66,6 +67,29 @@ def gpu_shares(config: RunConfig, num_gpus: int) -> tuple[float, float]:
     )
 
 
+def placements(config: RunConfig, share: float, count: int) -> list[dict[str, Any]]:
+    """Ray options of `count` trainer ranks or engines that take `share` GPUs each.
+
+    Colocated (half a GPU each): rank i and engine i go into bundle i of one placement group that both sides know by name,
+    one device per bundle. Left to itself, Ray puts two halves of the same side on one device.
+    Written to Ray's documentation and tried with pretended GPUs; never run on real ones.
+    """
+    if share != 0.5:
+        return [{"num_gpus": share}] * count
+    from ray.util import get_placement_group, placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    try:
+        devices = get_placement_group(DEVICES)
+    except ValueError:  # the first of the two sides makes it
+        num_devices = max(config.training.layout.world_size, config.rollout.num_engines)
+        devices = placement_group([{"GPU": 1, "CPU": 0}] * num_devices, strategy="PACK", name=DEVICES)
+    return [
+        {"num_gpus": share, "scheduling_strategy": PlacementGroupSchedulingStrategy(devices, placement_group_bundle_index=i)}
+        for i in range(count)
+    ]
+
+
 def start_workers(config: RunConfig, store: ImageStore) -> list[Any]:
     """One Ray actor per Megatron rank, in rank order."""
     import ray
@@ -73,9 +97,12 @@ def start_workers(config: RunConfig, store: ImageStore) -> list[Any]:
     from megatron_agent.training.worker import Worker
 
     share, _ = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
-    remote = ray.remote(num_cpus=0, num_gpus=share)(Worker)
+    remote = ray.remote(num_cpus=0)(Worker)
     layout = config.training.layout
-    return [remote.remote(rank, layout, store, config.training.num_cpu_threads) for rank in range(layout.world_size)]
+    return [
+        remote.options(**options).remote(rank, layout, store, config.training.num_cpu_threads)
+        for rank, options in enumerate(placements(config, share, layout.world_size))
+    ]
 
 
 def start_engines(config: RunConfig, store: ImageStore) -> list[Any]:
@@ -85,10 +112,12 @@ def start_engines(config: RunConfig, store: ImageStore) -> list[Any]:
     from megatron_agent.rollout.engine import Engine
 
     _, share = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
-    remote = ray.remote(num_cpus=0, num_gpus=share, max_concurrency=4096)(Engine)
+    remote = ray.remote(num_cpus=0, max_concurrency=4096)(Engine)
     return [
-        remote.remote(config.model.path, config.rollout, store, config.agent.max_vllm_images, config.seed + index)
-        for index in range(config.rollout.num_engines)
+        remote.options(**options).remote(
+            config.model.path, config.rollout, store, config.agent.max_vllm_images, config.seed + index
+        )
+        for index, options in enumerate(placements(config, share, config.rollout.num_engines))
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from megatron_agent.rollout.engine import RolloutConfig
 from megatron_agent.training.actor import TrainingConfig
 
 T = TypeVar("T")
+COMPONENTS = {"reward": ("rewards", "vl_agent"), "algorithm": ("algorithms", "grpo")}  # section -> folder, default name
 
 
 @dataclass
@@ -59,6 +61,15 @@ class SftSection:
     min_lr_fraction: float = 0.1
     clip_grad: float = 1.0
 
+    def __post_init__(self) -> None:
+        require(self.num_steps >= 0, f"sft.num_steps={self.num_steps} must be 0 (no warm start) or more")
+        require(self.rows_per_step >= 1, f"sft.rows_per_step={self.rows_per_step} must be 1 or more")
+        require(0 < self.lr < math.inf, f"sft.lr={self.lr} must be above 0 and finite")
+        require(self.warmup_steps >= 0, f"sft.warmup_steps={self.warmup_steps} must be 0 or more")
+        require(self.clip_grad >= 0, f"sft.clip_grad={self.clip_grad} must be 0 (off) or more")
+        for name in ("decay_fraction", "min_lr_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"sft.{name}={getattr(self, name)} must lie between 0 and 1")
+
 
 @dataclass
 class EvaluationSection:
@@ -69,6 +80,11 @@ class EvaluationSection:
     every_steps: int = 0
     max_rows: int = 0  # 0: all
     chance: float = 0.0  # accuracy of guessing, for the summary
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, f"evaluation.every_steps={self.every_steps} must be 0 (never between) or more")
+        require(self.max_rows >= 0, f"evaluation.max_rows={self.max_rows} must be 0 (all) or more")
+        require(0 <= self.chance <= 1, f"evaluation.chance={self.chance} must lie between 0 and 1")
 
 
 @dataclass
@@ -111,31 +127,48 @@ def require(ok: bool, message: str) -> None:
 
 def check_across_sections(config: RunConfig) -> None:
     training, rollout = config.training, config.rollout
-    rows = training.prompts_per_step * rollout.group_size
-    dp = training.layout.data_parallel
     require(
-        rows % (dp * training.minibatches_per_step) == 0,
-        f"training.prompts_per_step x rollout.group_size = {rows} rows do not divide over data_parallel={dp} x "
-        f"training.minibatches_per_step={training.minibatches_per_step}; make the product a multiple of "
-        f"{dp * training.minibatches_per_step}",
+        training.prompts_per_step % training.minibatches_per_step == 0,
+        f"training.minibatches_per_step={training.minibatches_per_step} does not divide training.prompts_per_step="
+        f"{training.prompts_per_step}: mini-batches are made of whole groups",
     )
+    multiple = training.layout.segment_multiple
+    longest = -(-rollout.max_model_len // multiple) * multiple
+    padded = f" (padded to {longest} for training.context_parallel)" if longest > rollout.max_model_len else ""
     require(
-        rollout.max_model_len <= training.max_tokens_per_microbatch,
-        f"rollout.max_model_len={rollout.max_model_len} exceeds training.max_tokens_per_microbatch="
+        longest <= training.max_tokens_per_microbatch,
+        f"rollout.max_model_len={rollout.max_model_len}{padded} exceeds training.max_tokens_per_microbatch="
         f"{training.max_tokens_per_microbatch}: a full row would fit no micro-batch; raise the second or lower the first",
     )
     require(
-        rollout.temperature > 0 or not training.num_steps,
-        "rollout.temperature=0 makes all rollouts of a task alike: nothing can be learned; give a value above 0",
+        rollout.dtype in ("auto", training.dtype),
+        f"rollout.dtype={rollout.dtype!r} differs from training.dtype={training.dtype!r}, in which weights are sent; "
+        f"give the same to both",
     )
+    if training.num_steps:
+        check_sampling(rollout)
     require(
         config.agent.single_response_max_tokens < rollout.max_model_len,
         f"agent.single_response_max_tokens={config.agent.single_response_max_tokens} must be below "
         f"rollout.max_model_len={rollout.max_model_len}",
     )
+
+
+def check_sampling(rollout: RolloutConfig) -> None:
+    """What is sampled must be what the trainer computes log-probs of."""
     require(
-        not config.sft.num_steps or config.sft.rows_per_step % dp == 0,
-        f"sft.rows_per_step={config.sft.rows_per_step} must be a multiple of training.data_parallel={dp}",
+        rollout.temperature > 0,
+        "rollout.temperature=0 makes all rollouts of a task alike: nothing can be learned; give a value above 0",
+    )
+    require(
+        rollout.top_p == 1 and rollout.top_k == 0,
+        f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: the trainer's log-probs are of the full "
+        f"distribution; training needs top_p=1 and top_k=0",
+    )
+    require(
+        not rollout.ban_special_tokens,
+        "rollout.ban_special_tokens: the trainer's log-probs are of the full distribution and know nothing of the ban; "
+        "set it to false for training",
     )
 
 
@@ -144,9 +177,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     path = Path(path)
     require(path.is_file(), f"{path}: no such config file")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    tree = {} if tree is None else tree
     require(isinstance(tree, dict), f"{path}: the top level must be a mapping of sections, not {type(tree).__name__}")
     for item in overrides or []:
         apply_override(tree, item)
@@ -154,33 +188,60 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def apply_override(tree: dict, item: str) -> None:
+    """Set `section.key` in place; a section that is null or not there is made."""
     key, equals, text = item.partition("=")
     require(bool(equals) and bool(key), f"override {item!r}: write it as section.key=value")
     *parents, last = key.split(".")
     node = tree
     for name in parents:
-        node = node.setdefault(name, {})
-        require(isinstance(node, dict), f"override {item!r}: {name!r} is a value, not a section")
-    node[last] = yaml.safe_load(text)
+        below = node.get(name)
+        if below is None:
+            below = {}
+        elif isinstance(below, str) and node is tree and name in COMPONENTS:
+            below = {"name": below}
+        require(isinstance(below, dict), f"override {item!r}: {name!r} is a value, not a section")
+        node[name] = below
+        node = below
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: not valid YAML: {error}") from error
 
 
 def parse(tree: dict) -> RunConfig:
     """A mapping as YAML gives it -> RunConfig; every key and type is checked."""
     tree = dict(tree)
-    env = tree.pop("env", None) or {}
+    env = tree.pop("env", None)
+    env = {} if env is None else env
     require(isinstance(env, dict), "env: a mapping of env names to their options")
-    env_configs = {k: build(registry.resolve("envs", k).Config, options or {}, f"env.{k}") for k, options in env.items()}
+    env_configs = {name: component_config("envs", name, options, f"env.{name}") for name, options in env.items()}
     components: dict[str, Any] = {"env": env_configs}
-    for section, kind, default in (("reward", "rewards", "vl_agent"), ("algorithm", "algorithms", "grpo")):
-        options = dict(tree.pop(section, None) or {})
+    for section, (kind, default) in COMPONENTS.items():
+        options = tree.pop(section, None)
+        if options is None or isinstance(options, str):
+            options = {"name": options or default}
+        require(isinstance(options, dict), f"{section}: expected a name or a mapping of options, got {options!r}")
+        options = dict(options)
         name = options.pop("name", default)
+        components[section] = component_config(kind, name, options, section)
         components[f"{section}_name"] = name
-        components[section] = build(registry.resolve(kind, name).Config, options, section)
     sections = {f.name: f for f in dataclasses.fields(RunConfig) if f.name not in components}
     _reject_unknown(tree, [*sections, "env", "reward", "algorithm"], "")
     hints = typing.get_type_hints(RunConfig)
-    values = {name: _coerce(hints[name], {} if value is None else value, name) for name, value in tree.items()}
+    values = {}
+    for name, value in tree.items():
+        is_empty = value is None and dataclasses.is_dataclass(hints[name])  # a section written without options
+        values[name] = _coerce(hints[name], {} if is_empty else value, name)
     return RunConfig(**values, **components)
+
+
+def component_config(kind: str, name: object, options: object, where: str) -> Any:
+    """The Config of the component `name`, filled from its options (None: none)."""
+    require(isinstance(name, str), f"{where}: a name is text, got {name!r}")
+    assert isinstance(name, str)
+    component = registry.resolve(kind, name)
+    require(hasattr(component, "Config"), f"{where}: {name!r} has no Config class")
+    return build(component.Config, {} if options is None else options, where)
 
 
 def build(cls: type[T], options: object, where: str) -> T:
@@ -204,7 +265,8 @@ def _reject_unknown(options: dict, known: list[str], where: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown key {f'{where}.{key}' if where else key!r}{hint} Known: {', '.join(known)}")
+            shown = f"{where}.{key}" if where else str(key)
+            raise ConfigError(f"unknown key {shown!r}{hint or '.'} Known: {', '.join(known)}")
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
@@ -225,9 +287,12 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return {k: _coerce(arguments[1], v, f"{where}.{k}") if arguments else v for k, v in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-6 as a string
-        except ValueError:
-            pass
+            number: float | None = float(value)  # YAML 1.1 reads 1e-6 as a string
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None:
+            require(math.isfinite(number), f"{where}: expected a finite number, got {value!r}")
+            return number
     elif type(value) is hint:
         return value
     raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r} ({type(value).__name__})")

@@ -5,14 +5,18 @@ No box, no crop and no tool answer is a target of its own: only the tokens that 
 
 from __future__ import annotations
 
+import logging
 import random
 
 from megatron_agent.config import SftSection
+from megatron_agent.errors import DataError
 from megatron_agent.observe.boards import Boards
 from megatron_agent.stages import Stages
 from megatron_agent.training.loss import Supervised
 from megatron_agent.training.samples import to_sample
-from megatron_agent.types import TrainSample
+from megatron_agent.types import Task, TrainSample
+
+log = logging.getLogger("megatron_agent")
 
 
 def lr_at(config: SftSection, step: int) -> float:
@@ -33,9 +37,26 @@ def row_order(num_rows: int, num_steps: int, rows_per_step: int, seed: int) -> l
     return [order[i * rows_per_step : (i + 1) * rows_per_step] for i in range(num_steps)]
 
 
+def playable(tasks: list[Task], activate_agent: bool) -> list[Task]:
+    """The rows that the agent loop can play: without it (`agent.activate_agent` false) those that need a tool are skipped.
+
+    Raises DataError when none is left.
+    """
+    kept = [task for task in tasks if activate_agent or not task.env_name]
+    if len(kept) < len(tasks):
+        log.warning("warm start: skipped %d of %d rows, which need a tool: agent.activate_agent is false",
+                    len(tasks) - len(kept), len(tasks))  # fmt: skip
+    if not kept:
+        raise DataError("sft.files: every row needs a tool, and agent.activate_agent is false")
+    return kept
+
+
 async def warm_start(stages: Stages, boards: Boards) -> None:
-    """`sft.num_steps` updates on the script column. Metrics go to phase "sft"."""
-    config, tasks = stages.config.sft, stages.data.warmup
+    """`sft.num_steps` updates on the script column. Metrics go to phase "sft".
+
+    Rows are played when they are first needed. Raises DataError for one whose script does not go through.
+    """
+    config, tasks = stages.config.sft, playable(stages.data.warmup, stages.config.agent.activate_agent)
     supervised = Supervised()
     await stages.actor.reset_optimizer(config.lr, config.clip_grad)
     made: dict[int, TrainSample] = {}

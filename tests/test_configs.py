@@ -12,6 +12,7 @@ import pytest
 
 from megatron_agent.config import load, parse, to_dict
 from megatron_agent.errors import ConfigError
+from megatron_agent.stages import record_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -31,6 +32,16 @@ def test_it_comes_back(path):
     config = load(path)
     tree = json.loads(json.dumps(to_dict(config)))  # as `megatron-agent check` prints it and a run records it
     assert parse(tree) == config and to_dict(parse(tree)) == tree
+
+
+@pytest.mark.parametrize("overrides", [[], ["training.lr=1e-7", "algorithm=grpo", "rollout.dtype=auto", "seed=3"]])
+def test_the_resolved_config_of_a_run_is_the_config(path, overrides, tmp_path):
+    """What stages.record_config writes beside a run starts the same run again."""
+    config = load(path, [*overrides, f"output_dir={tmp_path}"])
+    record_config(config)
+    again = load(config.folder / "config.yaml")
+    assert again == config and to_dict(again) == to_dict(config)
+    assert again.training.layout == config.training.layout
 
 
 def test_it_takes_overrides(path):

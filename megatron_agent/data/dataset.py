@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,10 @@ from megatron_agent.types import ImageRef, Message, Task
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
+log = logging.getLogger("megatron_agent")
+
+MAX_LOGGED_BAD_ROWS = 20
+META_KEY = "extra_info"
 ROWS_PER_READ = 16  # rows carry their pictures' bytes: a few tens of MB at a time
 
 
@@ -60,17 +65,23 @@ class DatasetReport:
 
 
 def read_tasks(
-    files: Sequence[str | Path], config: DataConfig, store: ImageStore, env_key: str = "env_name", require_script: bool = False
+    files: Sequence[str | Path],
+    config: DataConfig,
+    store: ImageStore,
+    env_key: str = "env_name",
+    require_script: bool = False,
+    meta_key: str = META_KEY,
 ) -> tuple[list[Task], DatasetReport]:
-    """Read every row of `files` and put their pictures into `store`.
+    """Read every row of `files` and put their pictures into `store`. Skipped rows are logged by name.
 
+    `meta_key` is the column whose struct becomes `Task.extra_info`; only the default one may be absent.
     Raises DataError: a file that is missing or no parquet, a column that is missing, an unknown tool environment, no rows,
     or more bad rows than `config.max_bad_rows` allows (the first five are named).
     """
     tasks: list[Task] = []
     report = DatasetReport()
     upscaled_before = store.num_upscaled
-    reader = _RowReader(config, store, env_key, require_script)
+    reader = _RowReader(config, store, env_key, require_script, meta_key)
     paths = [Path(file) for file in files]
     num_named = Counter(path.stem for path in paths)
     for file in paths:
@@ -87,7 +98,23 @@ def read_tasks(
     report.by_env = dict(Counter(task.env_name for task in tasks))
     report.by_source = dict(Counter(task.data_source for task in tasks))
     _check(report, config.max_bad_rows, [str(file) for file in files])
+    _log_bad_rows(report.bad_rows)
     return tasks, report
+
+
+def drop_long_prompts(tasks: Sequence[Task], num_tokens: Callable[[Task], int], limit: int) -> tuple[list[Task], list[str]]:
+    """Tasks whose prompt has at most `limit` tokens, and the names of the others with their counts."""
+    counts = [num_tokens(task) for task in tasks]
+    kept = [task for task, count in zip(tasks, counts, strict=True) if count <= limit]
+    dropped = [f"{task.task_id} ({count} tokens)" for task, count in zip(tasks, counts, strict=True) if count > limit]
+    return kept, dropped
+
+
+def _log_bad_rows(bad_rows: list[str]) -> None:
+    for name in bad_rows[:MAX_LOGGED_BAD_ROWS]:
+        log.warning("skipped %s", name)
+    if len(bad_rows) > MAX_LOGGED_BAD_ROWS:
+        log.warning("... and %d more", len(bad_rows) - MAX_LOGGED_BAD_ROWS)
 
 
 def _check(report: DatasetReport, max_bad_rows: float, files: list[str]) -> None:
@@ -131,16 +158,19 @@ def _check_columns(file: Path, parquet: pq.ParquetFile, columns: list[str], requ
 class _RowReader:
     """One row -> one Task. Its methods raise DataError with the reason alone; the caller adds file and row."""
 
-    def __init__(self, config: DataConfig, store: ImageStore, env_key: str, require_script: bool) -> None:
+    def __init__(self, config: DataConfig, store: ImageStore, env_key: str, require_script: bool, meta_key: str) -> None:
         self.config, self.store, self.env_key, self.require_script = config, store, env_key, require_script
+        self.meta_key = meta_key
         self.limits = config.pixel_limits()
 
     def required_columns(self) -> list[str]:
         names = ["data_source", self.config.prompt_key, self.config.image_key, self.env_key, "reward_model"]
+        if self.meta_key != META_KEY:
+            names.append(self.meta_key)
         return [name for name in [*names, *(["script"] if self.require_script else [])] if name]
 
     def columns(self) -> list[str]:
-        return list(dict.fromkeys([*self.required_columns(), "extra_info", "script"]))
+        return list(dict.fromkeys([*self.required_columns(), *([self.meta_key] if self.meta_key else []), "script"]))
 
     def check_env(self, file: Path, row_number: int, row: dict) -> None:
         """An unknown tool is a mistake of the whole run, not of a row: it stops at once."""
@@ -157,9 +187,9 @@ class _RowReader:
             raise DataError(f"the column {self.config.image_key} must hold a list of pictures, not a {type(pictures).__name__}")
         messages = _messages(row[self.config.prompt_key], len(pictures))
         ground_truth = _ground_truth(row["reward_model"])
-        extra_info = row.get("extra_info") or {}
+        extra_info = row.get(self.meta_key) or {}
         if not isinstance(extra_info, dict):
-            raise DataError(f"extra_info is a {type(extra_info).__name__}, not a mapping")
+            raise DataError(f"{self.meta_key} is a {type(extra_info).__name__}, not a mapping")
         return Task(
             task_id=task_id,
             data_source=str(row["data_source"] or ""),

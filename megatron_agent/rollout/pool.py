@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_agent.errors import EngineError, cause_of
+from megatron_agent.errors import EngineError, MegatronAgentError, WeightSyncError, cause_of
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.types import ImageRef
 
@@ -78,41 +79,68 @@ class EnginePool:
 
     def _drop(self, index: int, error: Exception) -> None:
         if self._handles.pop(index, None) is not None:
-            logger.error("rollout engine %d died, %d left: %s", index, len(self._handles), error)
+            logger.error("rollout engine %d died, %d left: %s", index, len(self._handles), _reason(error))
 
     async def sync_weights(self, updates: Sequence[dict[str, Any]], version: int) -> None:
-        """Give every living engine its update (`updates[i]` is engine i's). Raises WeightSyncError when one fails.
+        """Give every living engine its update (`updates[i]` is engine i's). One that has died is left out from then on.
 
         waits for: all engines, also after one has failed, so that none is left in the middle of an update.
+        Raises WeightSyncError when a living engine fails, EngineError when no engine is left.
         """
-        calls = [handle.sync_weights.remote(updates[index], version) for index, handle in self._handles.items()]
-        await self._all(calls)
+        _, failures = await self._all("sync_weights", lambda index: (updates[index], version))
+        for index, error in failures.items():
+            if not await self._is_alive(index):
+                self._drop(index, error)
+            elif isinstance(error, WeightSyncError):
+                raise error
+            else:
+                raise WeightSyncError(f"rollout engine {index}, weights of version {version}: {error}")
+        if not self._handles:
+            reasons = "; ".join(str(error) for error in failures.values())
+            raise EngineError(f"every rollout engine has died, in the sync of weights {version}: {reasons}")
 
     async def init_weight_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
-        """`infos[i]` is what the receivers of engine i need."""
-        await self._all([handle.init_weight_transfer.remote(infos[index]) for index, handle in self._handles.items()])
+        """`infos[i]` is what the receivers of engine i need. Raises EngineError when an engine has not started."""
+        await self._all_well("init_weight_transfer", lambda index: (infos[index],))
 
     async def stats(self) -> dict[str, float]:
-        """Sums over the engines; rates are their means."""
-        stats = await self._all([handle.stats.remote() for handle in self._handles.values()])
+        """Sums over the engines; rates are their means. Raises EngineError when one has died."""
+        stats = await self._all_well("stats", lambda _: ())
         rates = {name for name in stats[0] if name.endswith("_rate")}
         return {name: sum(s[name] for s in stats) / (len(stats) if name in rates else 1) for name in stats[0]}
 
-    async def shutdown(self) -> None:
-        """Stop vLLM in every living engine."""
-        await self._all([handle.shutdown.remote() for handle in self._handles.values()])
-
-    async def _all(self, calls: list[Any]) -> list[Any]:
-        from ray.exceptions import RayTaskError
-
-        results = await asyncio.gather(*(_wait(call) for call in calls), return_exceptions=True)
-        for result in results:
-            if isinstance(result, RayTaskError):
-                raise cause_of(result, EngineError) from None
-            if isinstance(result, BaseException):
-                raise result
+    async def _all_well(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
+        results, failures = await self._all(method, arguments)
+        if failures:
+            raise next(iter(failures.values()))
         return results
 
+    async def _all(
+        self, method: str, arguments: Callable[[int], tuple[Any, ...]]
+    ) -> tuple[list[Any], dict[int, MegatronAgentError]]:
+        """`method` of every engine: the results of those that gave one, and why the others (by index) did not."""
+        handles = dict(self._handles)
+        if not handles:
+            raise EngineError("every rollout engine has died")
+        answers = await asyncio.gather(*(_ask(i, getattr(handle, method), arguments(i)) for i, handle in handles.items()))
+        failures = {i: answer for i, answer in zip(handles, answers, strict=True) if isinstance(answer, MegatronAgentError)}
+        return [answer for answer in answers if not isinstance(answer, MegatronAgentError)], failures
 
-async def _wait(call: Any) -> Any:
-    return await call
+
+async def _ask(index: int, method: Any, arguments: tuple[Any, ...]) -> Any:
+    """What the engine answers; an error of ours when it fails, returned so that the others are waited for."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return await method.remote(*arguments)
+    except RayTaskError as error:
+        return cause_of(error, EngineError)
+    except RayError as error:  # the actor, or Ray itself
+        return EngineError(f"rollout engine {index} died: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """Ray's report on one line, from the error itself on: the traceback of the actor stays in its log."""
+    lines = str(error).splitlines()
+    starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return " ".join(" ".join(lines[starts[-1] if starts else 0 :]).split())

@@ -6,25 +6,27 @@ from typing import TYPE_CHECKING
 
 from megatron_agent.errors import DataError
 from megatron_agent.rollout.generation import Generation, Sampling
-from megatron_agent.types import ImageRef, Status, Trajectory
+from megatron_agent.types import ImageRef, Status, Task, Trajectory
 
 if TYPE_CHECKING:
     from megatron_agent.models.renderer import ChatRenderer
     from megatron_agent.rollout.agent_loop import Generate
 
 
-def scripted_generate(script: tuple[str, ...], renderer: ChatRenderer) -> Generate:
-    """One string of `script` per turn, ended as the model ends its turns; log-probs are 0.
+def scripted_generate(task: Task, renderer: ChatRenderer) -> Generate:
+    """One string of the task's script per turn, ended as the model ends its turns; log-probs are 0.
 
     A turn that asks for more than its token budget comes back cut, as the model's would. Raises DataError when the
     episode outlasts the script.
     """
-    turns = iter(script)
+    turns = iter(task.script)
 
     async def generate(row: list[int], images: list[ImageRef], sampling: Sampling, /) -> Generation:
         text = next(turns, None)
         if text is None:
-            raise DataError(f"the script has {len(script)} turns and its episode goes on; its last turn must answer")
+            raise DataError(
+                f"script of {task.task_id}: it has {len(task.script)} turns and its episode goes on; its last turn must answer"
+            )
         whole = [*renderer.encode(text), renderer.end_of_turn_id]
         token_ids = whole[: sampling.max_tokens]
         reason = "stop" if len(token_ids) == len(whole) else "length"

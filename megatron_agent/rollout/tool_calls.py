@@ -59,11 +59,11 @@ class ToolRunner:
             logger.warning("a call of tool %s passed its deadline of %g s; %d late calls still run",
                            session.tool.name, self.timeout_s, len(self._abandoned))  # fmt: skip
             raise ToolDeadlineError(f"the tool did not answer within {self.timeout_s:g} s")
-        result, error = answer.result()
-        if isinstance(error, Exception):
-            raise error
-        if error is not None:  # SystemExit and its like would end the run
-            raise EnvError(f"the tool raised {error!r}")
+        result, raised = answer.result()
+        if isinstance(raised, Exception):
+            raise raised
+        if raised is not None:  # SystemExit and its like would end the run
+            raise EnvError(f"the tool raised {raised!r}")
         return cast("T", result)
 
 

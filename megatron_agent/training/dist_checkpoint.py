@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata as KeyMetadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_agent.errors import CheckpointError
 from megatron_agent.models.base import ModelFamily
@@ -231,18 +233,6 @@ def plan_chunks(table: Sequence[Entry], layout: Layout) -> list[Chunk]:
     return list(found.values())
 
 
-class _Skeleton(DefaultSavePlanner):
-    """Tensors of the right size without contents."""
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.tensor_data is not None:
-            data = write_item.tensor_data
-            return torch.empty(data.chunk.sizes, dtype=data.properties.dtype)
-        buffer = io.BytesIO()
-        torch.save([None], buffer)  # what layers without FP8 state write
-        return buffer
-
-
 def write_skeleton(folder: Path, chunks: Sequence[Chunk], dtypes: dict[str, torch.dtype]) -> list[Region]:
     """A checkpoint folder with room for `chunks` (dtype by key) -> where each chunk's bytes go.
 
@@ -253,28 +243,43 @@ def write_skeleton(folder: Path, chunks: Sequence[Chunk], dtypes: dict[str, torc
     for chunk in chunks:
         ends = tuple(stop for _, stop in chunk.box)
         sizes[chunk.key] = tuple(map(max, ends, sizes.get(chunk.key, ends)))
-    plans: dict[int, dict[MetadataIndex, WriteItem]] = defaultdict(dict)
+    items: dict[MetadataIndex, tuple[int, WriteItem]] = {}
     for chunk in chunks:
         stacked = chunk.layer is not None
         size = (*((num_layers,) if stacked else ()), *sizes[chunk.key])
         at = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(((1,) if stacked else ()) + chunk.shape))
         data = TensorWriteData(at, TensorProperties(dtype=dtypes[chunk.key]), torch.Size(size))
-        item = WriteItem(MetadataIndex(chunk.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
-        plans[chunk.rank][item.index] = item
+        index = MetadataIndex(chunk.key, chunk.offsets)
+        items[index] = (chunk.rank, WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         for name in _extra_states(chunk, num_layers):
-            if all(MetadataIndex(name) not in plan for plan in plans.values()):
-                plans[chunk.rank][MetadataIndex(name)] = WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO)
-    writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
-    ranks = [SavePlan(list(plans[rank].values())) for rank in range(1 + max(plans))]
-    ranks, metadata = create_default_global_save_plan(ranks)
-    with torch.serialization.skip_data():
-        results = [writer.write_data(plan, _Skeleton()).value() for plan in writer.prepare_global_plan(ranks)]
-    writer.finish(metadata, results)
+            index = MetadataIndex(name)
+            items.setdefault(index, (chunk.rank, WriteItem(index, WriteItemType.BYTE_IO)))
+    ranks = [[item for rank, item in items.values() if rank == r] for r in range(1 + max(c.rank for c in chunks))]
+    plans, metadata = create_default_global_save_plan([SavePlan(rank_items) for rank_items in ranks])
+    results = [_write_holes(folder / f"__{rank}_0.distcp", plan.items) for rank, plan in enumerate(plans)]
+    FileSystemWriter(folder).finish(metadata, results)
     torch.save({}, folder / COMMON_FILE)
     versions = dict(sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1)
     (folder / FORMAT_FILE).write_text(json.dumps(versions))
     checkpoint = DistCheckpoint(folder)
     return [checkpoint.region(chunk.key, torch.Size(chunk.offsets), chunk.layer) for chunk in chunks]
+
+
+def _write_holes(file: Path, items: Sequence[WriteItem]) -> list[WriteResult]:
+    """What FileSystemWriter.write_data does, but to a stream that can seek over the bytes of a tensor."""
+    results = []
+    try:
+        with open(file, "wb") as stream, torch.serialization.skip_data():
+            for item in items:
+                start = stream.tell()
+                data = item.tensor_data
+                # Layers without FP8 state write [None].
+                torch.save([None] if data is None else torch.empty(data.chunk.sizes, dtype=data.properties.dtype), stream)
+                info = _StorageInfo(file.name, start, stream.tell() - start)
+                results.append(WriteResult(item.index, info.length, info))
+    except RuntimeError as error:  # torch's, in place of the OSError that it met
+        raise CheckpointError(f"{file}: could not be written: {error}") from error
+    return results
 
 
 def _extra_states(chunk: Chunk, num_layers: int) -> Iterator[str]:

@@ -12,10 +12,12 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -158,9 +160,7 @@ def check_against_table(where: Path, regions: Mapping[str, Region], table: Seque
             raise CheckpointError(f"{where}: tensor {min(names)!r} {what}; {len(names)} such against its config.json")
     for name, region in regions.items():
         if region.shape != shapes[name]:
-            raise CheckpointError(
-                f"{where}: {name} has shape {list(region.shape)}, config.json calls for {list(shapes[name])}"
-            )
+            raise CheckpointError(f"{where}: {name} has shape {list(region.shape)}, config.json calls for {list(shapes[name])}")
 
 
 def read_family(folder: Path) -> ModelFamily:
@@ -225,28 +225,36 @@ def export_hf(checkpoint: Path, out: Path, like: Path | None = None, advance: Ad
 
 
 def fill(targets: Sequence[tuple[Region, View]], advance: Advance | None = None, workers: int = 2) -> None:
-    """Write every view into its region, in blocks; consecutive ones at once."""
+    """Write every view into its region, in blocks, `workers` regions at a time, and the files to the disk.
+
+    A file goes to the disk as soon as it is complete, while others are being filled.
+    """
+    files, unfinished, lock = Files(), Counter(target.file for target, _ in targets), threading.Lock()
 
     def one(target: Region, view: View) -> None:
-        # The target's dtype is the one that the bytes are written in.
-        wanted = View(view.shape, target.dtype, view.copies)
+        wanted = replace(view, dtype=target.dtype)
         for start, stop in wanted.blocks():
             block = files.read(wanted, start, stop)
             files.write(target, start, block)
             if advance is not None:
-                advance(block.nbytes)
+                with lock:
+                    advance(block.nbytes)
+        with lock:
+            unfinished[target.file] -= 1
+            is_complete = not unfinished[target.file]
+        if is_complete:
+            os.fsync(files.descriptors[target.file])
 
-    with Files() as files, ThreadPoolExecutor(workers) as pool:
-        files.open({target.file for target, _ in targets}, writable=True)
+    with files, ThreadPoolExecutor(workers) as pool:
+        files.open(unfinished, writable=True)
         files.open({copy.source.file for _, view in targets for copy in view.copies})
         jobs = [pool.submit(one, *target) for target in targets]
         try:
             for job in jobs:
                 job.result()
-        except BaseException:
+        finally:
             for job in jobs:
                 job.cancel()
-            raise
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -18,25 +18,39 @@ Pixels = Callable[[ImageRef], np.ndarray]
 def plan_microbatches(
     lengths: Sequence[int], max_tokens: int, num_data_parallel: int, min_microbatches: int = 1
 ) -> list[list[list[int]]]:
-    """-> plan[dp rank][micro-batch] = sample indices. Every rank gets the same number of non-empty micro-batches.
+    """-> plan[dp rank][micro-batch] = sample indices. Every rank gets the same number of micro-batches.
 
-    The pipeline schedule and the gradient reduction need equal counts. Raises ValueError when a row alone exceeds
-    `max_tokens`, or when there are fewer rows than ranks.
+    The pipeline schedule and the gradient reduction need equal counts: a rank with less to do ends with empty ones, which
+    `build_microbatch` makes rows of padding. Fewer micro-batches than `min_microbatches` when there are fewer rows.
+    Raises ValueError when a row alone exceeds `max_tokens`.
     """
-    if max(lengths) > max_tokens:
+    if max(lengths, default=0) > max_tokens:
         raise ValueError(f"a row of {max(lengths)} tokens exceeds max_tokens_per_microbatch={max_tokens}")
-    if len(lengths) < num_data_parallel:
-        raise ValueError(f"{len(lengths)} rows cannot be spread over {num_data_parallel} data-parallel ranks")
     ranks = split_balanced(lengths, num_data_parallel)
-    most = min(len(rank) for rank in ranks)
-    count = min(most, max(min_microbatches, *(-(-sum(lengths[i] for i in rank) // max_tokens) for rank in ranks)))
-    while count <= most:
-        plan = [split_balanced(lengths, count, rank) for rank in ranks]
-        if all(sum(lengths[i] for i in batch) <= max_tokens for rank in plan for batch in rank):
-            return plan
-        count += 1
-    # One row a micro-batch on the rank with the fewest rows still leaves another over budget: give that one up to it.
-    raise ValueError(f"rows of {sum(lengths)} tokens cannot be packed into equal counts of {max_tokens}-token micro-batches")
+    packed = [first_fit_decreasing(lengths, max_tokens, rank) for rank in ranks]
+    most_rows = max(len(rank) for rank in ranks)
+    count = max(1, min(min_microbatches, most_rows), *(len(batches) for batches in packed))
+    plan = []
+    for rank, batches in zip(ranks, packed):
+        even = split_balanced(lengths, min(count, len(rank)), rank)
+        fits = all(sum(lengths[i] for i in batch) <= max_tokens for batch in even)
+        chosen = even if fits else batches  # first fit always keeps the budget, even parts take less memory
+        plan.append([*chosen, *([] for _ in range(count - len(chosen)))])
+    return plan
+
+
+def first_fit_decreasing(lengths: Sequence[int], max_tokens: int, indices: Sequence[int]) -> list[list[int]]:
+    """Indices in few lists of at most `max_tokens`: longest first, each into the first list that has room."""
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        at = next((b for b, left in enumerate(room) if left >= lengths[index]), len(batches))
+        if at == len(batches):
+            batches.append([])
+            room.append(max_tokens)
+        batches[at].append(index)
+        room[at] -= lengths[index]
+    return [sorted(batch) for batch in batches]
 
 
 def padded_length(num_tokens: int, multiple: int) -> int:
@@ -47,6 +61,11 @@ def _pad_end(values: np.ndarray, length: int) -> np.ndarray:
     """Zeros behind the last dim of [..., T] up to `length`."""
     padding = [(0, 0)] * (values.ndim - 1) + [(0, length - values.shape[-1])]
     return np.pad(values, padding)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Concatenated; int64 [0] of none."""
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def keep_targets(batch: MicroBatch, kept_R: torch.Tensor) -> MicroBatch:
@@ -67,7 +86,10 @@ def build_microbatch(
     segment_multiple: int = 1,
 ) -> MicroBatch:
     """Tensors of one packed row. Every sample is padded at its end to a multiple of `segment_multiple` tokens (causal
-    attention hides that), and `pad_to` > T appends a segment of padding; no target refers to either."""
+    attention hides that), and `pad_to` > T appends a segment of padding; no target refers to either. No samples: a row
+    of nothing but padding."""
+    if not sample_ids:
+        pad_to = max(pad_to, segment_multiple, 1)
     rows = [samples[i] for i in sample_ids]
     lengths = [padded_length(row.num_tokens, segment_multiple) for row in rows]
     offsets = np.cumsum([0, *lengths])
@@ -86,16 +108,16 @@ def build_microbatch(
     patches = np.concatenate([family.patches(pixels(ref)) for ref in images]) if images else None
 
     def gather(values: list[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(np.concatenate([np.asarray(v)[t] for v, t in zip(values, targets)]), dtype=dtype)
+        return torch.tensor(_joined([np.asarray(v)[t] for v, t in zip(values, targets)]), dtype=dtype)
 
     old = [row.old_logprobs_T for row in rows]
     return MicroBatch(
         token_ids_T=torch.from_numpy(np.concatenate(tokens)),
         position_ids_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        target_positions_R=torch.from_numpy(np.concatenate([t + o - 1 for t, o in zip(targets, offsets)])),
-        target_ids_R=torch.from_numpy(np.concatenate([token[t] for token, t in zip(tokens, targets)])),
-        sample_index_R=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(t) for t in targets])),
+        target_positions_R=torch.from_numpy(_joined([t + o - 1 for t, o in zip(targets, offsets)])),
+        target_ids_R=torch.from_numpy(_joined([token[t] for token, t in zip(tokens, targets)])),
+        sample_index_R=torch.from_numpy(_joined([np.full(len(t), i) for i, t in enumerate(targets)])),
         advantages_R=gather([row.advantages_T for row in rows], torch.float32),
         rollout_logprobs_R=gather([row.rollout_logprobs_T for row in rows], torch.float32),
         old_logprobs_R=None if any(o is None for o in old) else gather([o for o in old if o is not None], torch.float32),

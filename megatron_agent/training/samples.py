@@ -34,12 +34,16 @@ def to_sample(trajectory: Trajectory) -> TrainSample:
 
 
 def to_samples(groups: list[TrajectoryGroup], algorithm: Algorithm) -> list[TrainSample]:
-    """All scored trajectories of the step with their advantages. Unscored ones are left out of their group."""
+    """All scored trajectories of the step with their advantages. Unscored ones are left out of their group.
+
+    One without tokens of its own counts in its group's baseline as any other, but is no row: there is nothing to train.
+    """
     samples = []
     for index, group in enumerate(groups):
         for trajectory in group.trajectories:
-            if isinstance(trajectory.reward, RewardParts) and trajectory.num_response_tokens:
+            if isinstance(trajectory.reward, RewardParts):
                 sample = to_sample(trajectory)
                 sample.group_id = f"{index}/{sample.group_id}"  # a task may be drawn twice in one step
                 samples.append(sample)
-    return [s.with_advantages(a) for s, a in zip(samples, algorithm.advantages(samples))]
+    advantages = algorithm.advantages(samples)
+    return [s.with_advantages(a) for s, a in zip(samples, advantages, strict=True) if s.num_action_tokens]

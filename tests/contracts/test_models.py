@@ -14,10 +14,7 @@ from megatron_agent.training.layout import Layout, holds, megatron_pieces, vllm_
 from megatron_agent.types import ImageRef
 
 CHECKPOINTS = {"qwen2_5_vl": "tied"}  # a new family names the small checkpoint of tests/conftest.py to read
-NO_FAMILY = pytest.mark.xfail(
-    strict=True, reason="registry.py:13: models/attention.py counts as a family; _CONTRACT_FILES lacks it"
-)
-FAMILIES = [pytest.param(n, marks=[NO_FAMILY] if n == "attention" else []) for n in registry.names("models")]
+FAMILIES = registry.names("models")
 LAYOUTS = [Layout(), Layout(2, 1, 1), Layout(1, 2, 1), Layout(2, 2, 2)]
 
 

@@ -99,6 +99,19 @@ def train(path, layout, budget=BUDGET_TOKENS, temperature=1.0, count=5, recomput
     return {"logprobs": logprobs, "steps": steps.take(count), "at": at, "ours": ours, "num_microbatches": len(steps.plan)}
 
 
+def train_on_few_rows(path, layout, num_rows):
+    """-> log-probs of the first rows, and three steps on them: two of cross-entropy, one of GRPO."""
+    from megatron_agent.algorithms.grpo import GRPO
+
+    steps = Steps(path, layout)
+    steps.samples = steps.samples[:num_rows]
+    steps.plan = plan_for(steps.samples, layout, BUDGET_TOKENS)[steps.model.at.data]
+    steps.denominator = sum(s.num_action_tokens for s in steps.samples)
+    logprobs, _ = steps.model.logprobs(steps.samples, steps.plan, pixels, 1.0)
+    num_empty = sum(not batch for batch in steps.plan)
+    return {"logprobs": logprobs, "steps": steps.take(2) + steps.take(1, GRPO()), "num_empty": num_empty}
+
+
 def gradient_errors(path, layout, reference, budget=BUDGET_TOKENS):
     """Gradients of every parameter of this rank against those of transformers (a safetensors file) -> {name: max |diff|}."""
     from safetensors import safe_open

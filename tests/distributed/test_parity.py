@@ -128,6 +128,31 @@ def test_splits_into_microbatches_do_not_matter(trained, ranks, tiny_models):
     assert len(counts) == 3 and 1 in counts
 
 
+@pytest.mark.parametrize(
+    ("layout", "num_rows", "num_empty"),
+    [
+        (Layout(data_parallel=2), 3, 1),
+        (Layout(data_parallel=2), 1, 1),
+        (Layout(tensor_parallel=2, data_parallel=2, sequence_parallel=True), 1, 2),
+        (Layout(pipeline_parallel=2, data_parallel=2), 1, 2),
+        (Layout(context_parallel=2, data_parallel=2), 1, 2),
+    ],
+    ids=str,
+)
+def test_ranks_without_rows_take_part_in_the_step(ranks, tiny_models, references, layout, num_rows, num_empty):
+    """Rows that are fewer than the data-parallel ranks, or no multiple of them: the others get rows of padding."""
+    results = ranks.run(layout.world_size, rank_jobs.train_on_few_rows, tiny_models["tied"], layout, num_rows)
+    assert sum(result["num_empty"] for result in results) == num_empty
+    assert_logprobs(results, references["tied"].logprobs()[:num_rows])
+    losses, norms = of_steps(results)
+    one = ranks.run(1, rank_jobs.train_on_few_rows, tiny_models["tied"], Layout(), num_rows)
+    assert one[0]["num_empty"] == 0
+    expected_losses, expected_norms = of_steps(one)
+    assert losses == pytest.approx(expected_losses, abs=1e-5) and losses[1] < losses[0]
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    assert len({step[2] for result in results for step in result["steps"][:1]}) == 1, "ranks disagree about the norm"
+
+
 def test_a_loss_that_is_no_number_stops_every_rank_before_the_step(ranks, tiny_models):
     for error, changed in ranks.run(2, rank_jobs.loss_is_nan, tiny_models["tied"], LAYOUTS["pp2"]):
         assert "the loss is not a number" in error and not changed

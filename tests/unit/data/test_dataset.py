@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from megatron_agent.data.dataset import DataConfig, TaskStream, read_tasks
+from megatron_agent.data.dataset import DataConfig, TaskStream, drop_long_prompts, read_tasks
 from megatron_agent.data.images import ImageStore, PixelLimits
 from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.types import ImageRef, Task
@@ -128,8 +128,32 @@ def test_unknown_env_stops_at_once(store, tmp_path):
 def test_env_key(store, tmp_path):
     path = write(tmp_path / "x.parquet", [{**row(env_name="ABSENT"), "tool": ENV}])
     assert read(store, path, env_key="tool")[0][0].env_name == ENV
-    with pytest.raises(DataError, match="missing column env_name; its columns are data_source, prompt, .*tool"):
+    with pytest.raises(DataError, match=r"missing column env_name; its columns are data_source, prompt, .*tool"):
         read(store, path)
+
+
+def test_meta_key(store, tmp_path):
+    path = write(tmp_path / "x.parquet", [{**row(), "told": {"question": "Why?", "n": 1}}])
+    (task,), _ = read(store, path, meta_key="told")
+    assert (task.extra_info, task.question) == ({"question": "Why?", "n": 1}, "Why?")
+    with pytest.raises(DataError, match="missing column tolt"):
+        read(store, path, meta_key="tolt")
+    assert read(store, write(tmp_path / "y.parquet", [row(extra_info="ABSENT")]))[0][0].extra_info == {}
+    assert read(store, path, meta_key="")[0][0].extra_info == {}
+
+
+def test_skipped_rows_are_logged_by_name(store, tmp_path, caplog):
+    path = write(tmp_path / "x.parquet", [row(images=[])] * 23 + [row()])
+    read(store, path, max_bad_rows=1.0)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 21 and lines[-1] == "... and 3 more"
+    assert lines[19].startswith(f"skipped {path}: row 19: ")
+
+
+def test_long_prompts():
+    kept, dropped = drop_long_prompts(TASKS, lambda task: 10 + int(task.task_id), 12)
+    assert (ids(kept), dropped) == (ids(TASKS[:3]), ["3 (13 tokens)", "4 (14 tokens)"])
+    assert drop_long_prompts([], len, 12) == ([], [])
 
 
 def test_scripts(store, tmp_path):
@@ -173,8 +197,10 @@ def test_rows_of_files_with_one_name_have_ids_of_their_own(store, tmp_path):
     assert len({task.task_id for task in tasks}) == 40 and tasks[39].task_id == f"{tmp_path}/b/train:19"
 
 
-@pytest.mark.parametrize(("options", "why"), [({"max_bad_rows": 1.5}, "0 to 1"), ({"min_pixels": 0}, "min_pixels=0"),
-                                              ({"prompt_key": ""}, "prompt_key"), ({"max_prompt_tokens": -1}, "-1")])  # fmt: skip
+@pytest.mark.parametrize(("options", "why"), [
+    ({"max_bad_rows": 1.5}, "0 to 1"), ({"min_pixels": 0}, "min_pixels=0"), ({"prompt_key": ""}, "prompt_key"),
+    ({"max_prompt_tokens": -1}, "-1"),
+])  # fmt: skip
 def test_config_refuses(options, why):
     with pytest.raises(ConfigError, match=why):
         DataConfig(**options)

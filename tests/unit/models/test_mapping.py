@@ -96,13 +96,13 @@ def test_heads_of_two_rows_and_of_a_fused_tensor():
     assert draw_heads(4, 4, 1, 2, interleaved=False, fused_hf=True) == "q2 q3 k2 k3 v2 v3"
 
 
-@pytest.mark.xfail(strict=True, reason="mapping.py:91, 113: Stacked and Heads drop the remainder silently; Split raises")
 @pytest.mark.parametrize(
     ("rule", "shape"),
     [
         (Stacked(0, (5, 5)), (5, 2)),
         (Heads("q", 3, 1, 1, interleaved=False), (3,)),
         (Heads("k", 6, 3, 1, interleaved=False), (3,)),
+        (Split(0), (5, 2)),
     ],
 )
 def test_a_remainder_is_refused(rule, shape):

@@ -76,6 +76,8 @@ def test_long_answers_are_not_judged(length, expected):
     (("</answer>red<answer>",), True),
     (("<|image_pad|>" + ANSWER,), True),
     ((ANSWER + "<|im_start|>user",), True),
+    ((LOOK.replace("closer", "closer<|im_start|>user"), ANSWER), True),
+    ((LOOK, "<think>seen</think><|im_start|><answer>red</answer>"), True),
     (("<|vision_start|>" + LOOK, ANSWER), True),
     ((LOOK.replace("<think>closer</think>", ""), ANSWER), True),
     (("well " + LOOK, ANSWER), True),

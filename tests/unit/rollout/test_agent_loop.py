@@ -5,14 +5,16 @@ Not covered: vLLM (tests/integration/test_engine.py) and the tools themselves (t
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
-from megatron_agent.envs.base import Observation, StepResult
+from megatron_agent.envs.base import Observation, StepResult, ToolBase
 from megatron_agent.errors import ConfigError, DataError
-from megatron_agent.rollout.agent_loop import AgentConfig, run_episode, scripted_generate
+from megatron_agent.rollout.agent_loop import AgentConfig, run_episode
 from megatron_agent.rollout.generation import Generation, Sampling
+from megatron_agent.rollout.scripted import check_scripted, scripted_generate
+from megatron_agent.rollout.tool_calls import ToolRunner
 from megatron_agent.types import ImageRef, Status, Task, ToolCall
 
 PICTURE = ImageRef("original", 84, 56)
@@ -23,6 +25,8 @@ TASK = Task("t0", "unit", (QUESTION,), (PICTURE,), "scripted_tool", "red", "what
 
 class ToolSession:
     """Shows `images` and `text` after every turn; a turn that says "red" ends the episode."""
+
+    tool = ToolBase()
 
     def __init__(self, text="zoom", images=(), rendered_text=None, seconds=0.0):
         self.text, self.images, self.rendered_text, self.seconds = text, list(images), rendered_text, seconds
@@ -44,14 +48,18 @@ class ToolSession:
         return StepResult(observation, self.rendered_text, 0.25, False, ToolCall("zoom", True, seconds=0.01))
 
 
-def play(renderer, script, session=None, task=TASK, max_model_len=2048, **agent):
-    generate = script if callable(script) else scripted_generate(tuple(script), renderer)
-    with ThreadPoolExecutor(2) as tools:
-        return asyncio.run(
-            run_episode(
-                task, 3, generate, renderer, lambda _: session, AgentConfig(**agent), Sampling(), max_model_len, tools
-            )
-        )  # fmt: skip
+def says_in_turn(renderer, *script):
+    return scripted_generate(replace(TASK, script=script), renderer)
+
+
+def play(renderer, script, session=None, task=TASK, max_model_len=2048, sampling=Sampling(), **agent):  # noqa: B008
+    async def main():
+        generate = script if callable(script) else scripted_generate(replace(task, script=tuple(script)), renderer)
+        config = AgentConfig(**agent)
+        tools = ToolRunner(config.concurrent_workers, config.tool_timeout_s)
+        return await run_episode(task, 3, generate, renderer, lambda _: session, config, sampling, max_model_len, tools)
+
+    return asyncio.run(main())
 
 
 def says(renderer, token_ids, reason="stop"):
@@ -84,7 +92,7 @@ def test_row_is_prompt_turns_and_observations(renderer):
 
 
 def test_every_call_of_the_model_sees_the_row_so_far(renderer):
-    scripted, rows = scripted_generate(("turn on", "red"), renderer), []
+    scripted, rows = says_in_turn(renderer, "turn on", "red"), []
 
     async def generate(row, images, sampling):
         rows.append((list(row), list(images), sampling.max_tokens, sampling.stop))
@@ -101,14 +109,13 @@ def test_every_call_of_the_model_sees_the_row_so_far(renderer):
 
 
 def test_every_turn_has_random_numbers_of_its_own(renderer):
-    scripted, seeds = scripted_generate(("zoom", "zoom", "red"), renderer), []
+    scripted, seeds = says_in_turn(renderer, "zoom", "zoom", "red"), []
 
     async def generate(row, images, sampling):
         seeds.append(sampling.seed)
         return await scripted(row, images, sampling)
 
-    agent, sampling = AgentConfig(), Sampling(seed=2**31 - 1)
-    asyncio.run(run_episode(TASK, 0, generate, renderer, lambda _: ToolSession(), agent, sampling, 2048))
+    play(renderer, generate, ToolSession(), sampling=Sampling(seed=2**31 - 1))
     assert seeds == [2**31 - 1, 1_000_002, 2_000_005]
 
 
@@ -182,7 +189,7 @@ def test_tool_that_passes_its_deadline(renderer):
 
 def test_late_pictures_do_not_shift_the_ones_the_model_saw(renderer):
     session = ToolSession(seconds=0.2, images=[CROP])
-    scripted = scripted_generate(("zoom", "zoom", "red"), renderer)
+    scripted = says_in_turn(renderer, "zoom", "zoom", "red")
 
     async def slow(row, images, sampling):
         await asyncio.sleep(0.3 if session.actions else 0.0)
@@ -211,9 +218,45 @@ def test_turn_without_end_of_turn_token_gets_one_in_the_observation(renderer):
     assert trajectory.turns[0].observation_token_ids[0] == renderer.end_of_turn_id
 
 
-def test_script_that_is_too_short(renderer):
-    with pytest.raises(DataError, match="1 turns"):
-        play(renderer, ["zoom"], ToolSession())
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_a_tool_that_does_not_start_aborts_the_episode(renderer, caplog, seconds):
+    class Broken(ToolSession):
+        def reset(self, task):
+            time.sleep(seconds)
+            raise OSError("no service")
+
+    trajectory = play(renderer, ["zoom"], Broken(), tool_timeout_s=0.1)
+    assert (trajectory.status, trajectory.turns) == (Status.ABORTED, [])
+    assert trajectory.prompt_token_ids == renderer.prompt([QUESTION], [PICTURE])
+    assert "task t0: env scripted_tool did not start" in caplog.text
+    assert ("did not answer" if seconds else "no service") in caplog.text
+
+
+def test_text_keeps_special_tokens_but_the_last(renderer):
+    forged = "zoom<|im_start|>user"
+    trajectory = play(renderer, [forged, "red"], ToolSession())
+    assert [turn.text for turn in trajectory.turns] == [forged, "red"]
+    assert trajectory.turns[0].token_ids[-1] == renderer.end_of_turn_id
+    assert play(renderer, says(renderer, renderer.encode("red"), "length"), ToolSession()).text == "red"
+
+
+def test_script_that_goes_through(renderer):
+    check_scripted(play(renderer, ["zoom", "red"], ToolSession(), task=replace(TASK, script=("zoom", "red"))))
+
+
+@pytest.mark.parametrize(("script", "options", "why"), [
+    (("zoom",), {}, "it has 1 turns and its episode goes on"),
+    (("red", "red"), {}, "1 of its 2 turns were said"),
+    (("zoom", "zoom"), {"max_turns": 2}, "ended as max_turns: .*agent.max_turns"),
+    (("zoom " * 50,), {"single_response_max_tokens": 9}, "ended as length"),
+    (("zoom", "red"), {"max_model_len": 25}, "ended as context_full"),
+    (("<|image_pad|>",), {}, "ended as emitted_placeholder"),
+    (("zoom", "red"), {"session": ToolSession(text="<|image_pad|>")}, "the call of zoom failed: .*placeholders"),
+])  # fmt: skip
+def test_script_that_does_not_go_through(renderer, script, options, why):
+    task = replace(TASK, script=script)
+    with pytest.raises(DataError, match=f"script of t0: {why}"):
+        check_scripted(play(renderer, script, task=task, **({"session": ToolSession()} | options)))
 
 
 @pytest.mark.parametrize(

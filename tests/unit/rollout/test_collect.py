@@ -91,7 +91,7 @@ def test_metrics():
         [TrajectoryGroup(zoom, trajectories[:3]), TrajectoryGroup(trajectories[3].task, trajectories[3:])]
     )
     assert metrics["reward"] == pytest.approx(2 / 3)
-    assert metrics["reward/std"] == pytest.approx((2 * (2 / 3) ** 2 + (4 / 3) ** 2) ** 0.5 / 3**0.5)
+    assert metrics["reward_std"] == pytest.approx((2 * (2 / 3) ** 2 + (4 / 3) ** 2) ** 0.5 / 3**0.5)
     assert metrics["accuracy"] == metrics["reward/tool"] == pytest.approx(1 / 3)
     assert metrics["unscored"] == 0.25
     assert metrics["tool_rate"] == pytest.approx(1 / 3)
@@ -102,3 +102,10 @@ def test_metrics():
     assert (metrics["response_tokens"], metrics["response_turns"]) == (5.0, 1.5)
     assert (metrics["status/answered"], metrics["status/max_turns"], metrics["status/aborted"]) == (0.75, 0.25, 0.0)
     assert rollout_metrics([]) == {}
+
+
+def test_an_episode_without_room_for_a_turn_counts():
+    full = Trajectory(task("a", "tool", target_bbox=[0, 0, 9, 9]), 0, [1, 2], [], Status.CONTEXT_FULL, Unscored("no turn"))
+    metrics = rollout_metrics([TrajectoryGroup(full.task, [full])])
+    assert (metrics["status/context_full"], metrics["response_tokens"], metrics["response_turns"]) == (1.0, 0.0, 0.0)
+    assert (metrics["unscored"], metrics["iou"], metrics["tool/calls"]) == (1.0, 0.0, 0.0)

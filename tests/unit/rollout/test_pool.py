@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from megatron_agent.errors import EngineError
+from megatron_agent.errors import EngineError, WeightSyncError
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.rollout.pool import EnginePool
 
@@ -19,6 +19,7 @@ class Handle:
     def __init__(self, name, gate=None):
         self.name, self.gate, self.alive, self.rows, self.versions = name, gate, True, [], []
         self.generate, self.sync_weights = Remote(self._generate), Remote(self._sync)
+        self.is_alive = Remote(self._is_alive)
 
     async def _generate(self, row, images, sampling):
         if not self.alive:
@@ -29,7 +30,14 @@ class Handle:
         return Generation([self.name], [0.0], [0], "stop")
 
     async def _sync(self, update, version):
+        if not self.alive:
+            raise RayActorError
         self.versions.append((update, version))
+
+    async def _is_alive(self):
+        if not self.alive:
+            raise RayActorError
+        return True
 
 
 def test_turns_of_a_trajectory_stay_and_work_is_spread():
@@ -94,3 +102,51 @@ def test_an_engine_whose_vllm_died_is_left_and_a_refused_request_is_raised():
 def test_an_empty_pool_is_refused():
     with pytest.raises(EngineError):
         EnginePool([])
+
+
+def test_a_sync_goes_on_without_the_dead(caplog):
+    async def main():
+        handles = [Handle(0), Handle(1)]
+        pool = EnginePool(handles)
+        handles[0].alive = False
+        await pool.sync_weights([{"n": 0}, {"n": 1}], 4)
+        assert pool.handles == [handles[1]] and handles[1].versions == [({"n": 1}, 4)]
+        assert "rollout engine 0 died, 1 left" in caplog.text
+        handles[1].alive = False
+        with pytest.raises(EngineError, match="every rollout engine has died, in the sync of weights 5: rollout engine 1"):
+            await pool.sync_weights([{}, {}], 5)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [WeightSyncError("bytes differ"), ValueError("bytes differ")])
+def test_a_living_engine_whose_sync_fails_stops_the_run(error):
+    class Failing(Handle):
+        async def _sync(self, update, version):
+            raise RayTaskError("sync_weights", "traceback of bytes differ", error).as_instanceof_cause()
+
+    async def main():
+        handles = [Failing(0), Handle(1)]
+        with pytest.raises(WeightSyncError, match="bytes differ"):
+            await EnginePool(handles).sync_weights([{}, {}], 4)
+        assert handles[1].versions == [({}, 4)]
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_does_not_start_says_why_on_one_line():
+    died = RayActorError(error_msg="The actor died, ray::Engine.__init__() (pid=1)\n  File x\n    raise\n"
+                                   "megatron_agent.errors.EngineError: vLLM did not start:\n  no memory")  # fmt: skip
+
+    class Stillborn(Handle):
+        def __init__(self, name):
+            super().__init__(name)
+            self.init_weight_transfer = Remote(self._init)
+
+        async def _init(self, info):
+            raise died
+
+    with pytest.raises(EngineError) as caught:
+        asyncio.run(EnginePool([Stillborn(0)]).init_weight_transfer([{}]))
+    why = "megatron_agent.errors.EngineError: vLLM did not start: no memory"
+    assert str(caught.value) == f"rollout engine 0 died: {why}"

@@ -1,6 +1,9 @@
 """Trajectory -> TrainSample drawn token by token. Not covered: how the loop makes trajectories (tests/unit/rollout)."""
 
+import pytest
+
 from megatron_agent.algorithms.base import Algorithm
+from megatron_agent.algorithms.grpo import GRPO
 from megatron_agent.training.samples import to_sample, to_samples
 from megatron_agent.types import ImageRef, RewardParts, Task, Trajectory, TrajectoryGroup, Turn, Unscored
 
@@ -50,11 +53,19 @@ class Position(Algorithm):
         raise NotImplementedError
 
 
-def test_unscored_and_empty_trajectories_are_left_out():
+def test_unscored_trajectories_are_left_out_and_empty_ones_are_no_rows():
     empty = Trajectory(TASK, 0, [1, 2], [], reward=RewardParts({}, {}))
     unscored, unfinished = two_turns(Unscored("judge is down")), two_turns(None)
     groups = [TrajectoryGroup(TASK, [unscored, two_turns(), empty]), TrajectoryGroup(TASK, [two_turns(), unfinished])]
     samples = to_samples(groups, Position())
     assert [sample.group_id for sample in samples] == ["0/file:3", "1/file:3"]  # one task drawn twice: two groups
-    assert [sample.advantages_T[0] for sample in samples] == [0.0, 1.0]
+    assert [sample.advantages_T[0] for sample in samples] == [0.0, 2.0]  # the empty one had its place
     assert to_samples([TrajectoryGroup(TASK, [unscored])], Position()) == []
+
+
+def test_a_trajectory_without_tokens_counts_in_the_baseline():
+    wrong = RewardParts({"accuracy": 0.0}, {"accuracy": 1.0})
+    cut = Trajectory(TASK, 0, [1, 2], [Turn([], [], [], "", "placeholder")], reward=wrong)
+    right = two_turns(RewardParts({"accuracy": 1.0}, {"accuracy": 0.93}))  # and 0.07 from its tools
+    (sample,) = to_samples([TrajectoryGroup(TASK, [cut, right])], GRPO(GRPO.Config(normalise_std=False)))
+    assert sample.advantages_T[2] == pytest.approx(0.5)

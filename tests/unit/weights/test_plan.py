@@ -207,9 +207,15 @@ def test_bytes_that_are_not_those_that_were_sent(tmp_path, damage):
     assert ("parameter x" in str(caught.value)) == (damage == "swapped")
 
 
-@pytest.mark.xfail(strict=True, reason="transport.py:63: a sender's file that is not there raises FileNotFoundError")
 def test_a_file_that_is_missing(tmp_path):
-    with pytest.raises(WeightSyncError, match="x"):
+    with pytest.raises(WeightSyncError, match=r"parameter x from rank 0 did not arrive: .*from_0_to_0\.bin"):
+        list(read_shards(tmp_path, PLAN[:1], [0], torch.float32))
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_a_file_that_is_empty(tmp_path, size):
+    (tmp_path / file_name(0, 0)).write_bytes(bytes(size))
+    with pytest.raises(WeightSyncError, match=r"parameter x .* from rank 0: wrong bytes arrived"):
         list(read_shards(tmp_path, PLAN[:1], [0], torch.float32))
 
 
