@@ -41,9 +41,7 @@ class StopSignal:
         self._event.set()
         asyncio.get_running_loop().remove_signal_handler(number)
 
-    async def or_done(
-        self, work: Awaitable[T], what: str, boards: Boards, beside: asyncio.Task | None = None
-    ) -> T:
+    async def or_done(self, work: Awaitable[T], what: str, boards: Boards, beside: asyncio.Task | None = None) -> T:
         """The result of `work`, or StopRequested as soon as a signal has come (`work` is cancelled then).
 
         `beside` is other work under way: when it fails, its error is raised at once.

@@ -69,8 +69,7 @@ def hf_to_megatron(source: Path, out: Path, layout: Layout, workers: int = 2, qu
     chunks = plan_chunks(table, layout)
     dtypes = _dtypes_of_keys(chunks, regions)
     order = {name: (str(region.file), region.offset) for name, region in regions.items()}
-    # Stage by stage, so that files are complete early; within one, the source is read front to back.
-    chunks.sort(key=lambda c: (c.rank // layout.tensor_parallel, min(order[part.hf_name] for part in c.parts)))
+    chunks.sort(key=lambda chunk: min(order[part.hf_name] for part in chunk.parts))  # the source is read front to back
     with written_aside(out, hf.num_bytes(source) + SPARE_BYTES) as aside:
         places = write_skeleton(aside, chunks, dtypes)
         carry(source, aside / HF_FOLDER)

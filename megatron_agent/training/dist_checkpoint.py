@@ -327,7 +327,8 @@ class DistCheckpoint:
         file = self.folder / info.relative_path
         try:
             with open(file, "rb") as stream:
-                tensor = torch.load(_Window(stream, info.offset, info.length), map_location="meta", weights_only=True)
+                window = _Window(stream, info.offset, info.length)
+                tensor = torch.load(window, map_location="meta", weights_only=True)  # type: ignore[arg-type]
         except (RuntimeError, UnpicklingError, EOFError) as error:
             raise CheckpointError(f"{file}: damaged at {key!r}: {error}") from error
         if not tensor.is_contiguous() or tensor.storage_offset():

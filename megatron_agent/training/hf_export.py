@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -225,11 +224,8 @@ def export_hf(checkpoint: Path, out: Path, like: Path | None = None, advance: Ad
 
 
 def fill(targets: Sequence[tuple[Region, View]], advance: Advance | None = None, workers: int = 2) -> None:
-    """Write every view into its region, in blocks, `workers` regions at a time, and the files to the disk.
-
-    A file goes to the disk as soon as it is complete, while others are being filled.
-    """
-    files, unfinished, lock = Files(), Counter(target.file for target, _ in targets), threading.Lock()
+    """Write every view into its region, in blocks, `workers` regions at a time."""
+    files, lock = Files(), threading.Lock()
 
     def one(target: Region, view: View) -> None:
         wanted = replace(view, dtype=target.dtype)
@@ -239,14 +235,9 @@ def fill(targets: Sequence[tuple[Region, View]], advance: Advance | None = None,
             if advance is not None:
                 with lock:
                     advance(block.nbytes)
-        with lock:
-            unfinished[target.file] -= 1
-            is_complete = not unfinished[target.file]
-        if is_complete:
-            os.fsync(files.descriptors[target.file])
 
     with files, ThreadPoolExecutor(workers) as pool:
-        files.open(unfinished, writable=True)
+        files.open({target.file for target, _ in targets}, writable=True)
         files.open({copy.source.file for _, view in targets for copy in view.copies})
         jobs = [pool.submit(one, *target) for target in targets]
         try:

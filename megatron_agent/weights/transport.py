@@ -63,7 +63,9 @@ def read_shards(
             try:
                 maps[copy.src_rank] = (_mapped(folder / file_name(copy.src_rank, copy.dst_rank), dtype), 0)
             except OSError as error:
-                raise WeightSyncError(f"parameter {copy.dst_param} from rank {copy.src_rank} did not arrive: {error}") from error
+                raise WeightSyncError(
+                    f"parameter {copy.dst_param} from rank {copy.src_rank} did not arrive: {error}"
+                ) from error
         data, offset = maps[copy.src_rank]
         count = prod(copy.shape)
         shard = data[offset : offset + count]

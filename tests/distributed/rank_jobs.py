@@ -105,7 +105,8 @@ def train_on_few_rows(path, layout, num_rows):
 
     steps = Steps(path, layout)
     steps.samples = steps.samples[:num_rows]
-    steps.plan = plan_for(steps.samples, layout, BUDGET_TOKENS)[steps.model.at.data]
+    longest = max(padded_length(s.num_tokens, layout.segment_multiple) for s in steps.samples)
+    steps.plan = plan_for(steps.samples, layout, longest)[steps.model.at.data]  # a micro-batch per row
     steps.denominator = sum(s.num_action_tokens for s in steps.samples)
     logprobs, _ = steps.model.logprobs(steps.samples, steps.plan, pixels, 1.0)
     num_empty = sum(not batch for batch in steps.plan)

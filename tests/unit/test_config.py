@@ -125,7 +125,10 @@ def test_the_base_of_the_next_test_is_valid():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        (changed(training={"minibatches_per_step": 2}), r"minibatches_per_step=2 does not divide .*prompts_per_step=3: .* whole"),
+        (
+            changed(training={"minibatches_per_step": 2}),
+            r"minibatches_per_step=2 does not divide .*prompts_per_step=3: .* whole",
+        ),
         (changed(rollout={"max_model_len": 257}), r"max_model_len=257 exceeds training\.max_tokens_per_microbatch=256"),
         (
             changed(rollout={"max_model_len": 253}, training={"context_parallel": 2, "max_tokens_per_microbatch": 255}),

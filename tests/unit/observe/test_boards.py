@@ -33,11 +33,12 @@ def test_metrics_round_trip(tmp_path: Path) -> None:
     assert rows[0]["time"] > 1.7e9
 
 
-def test_rewind_drops_only_later_training_steps(tmp_path: Path) -> None:
+def test_rewind_drops_only_later_steps(tmp_path: Path) -> None:
     with Boards(tmp_path, QUIET, 5) as boards:
         for step in range(1, 5):
             boards.log(step, {"reward": float(step)})
             boards.log(step, {"accuracy": 0.5}, phase="eval")
+        boards.log(300, {"loss": 0.1}, phase="sft")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "phase": "tr')  # killed while writing
     with Boards(tmp_path, QUIET, 5) as boards:
@@ -45,7 +46,8 @@ def test_rewind_drops_only_later_training_steps(tmp_path: Path) -> None:
         boards.log(3, {"reward": 30.0})
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["reward"]) for row in rows if row["phase"] == "train"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert [row["step"] for row in rows if row["phase"] == "eval"] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if row["phase"] == "eval"] == [1, 2]
+    assert [row["step"] for row in rows if row["phase"] == "sft"] == [300]  # the warm start is not done again
     assert not list(tmp_path.glob("*.tmp"))
 
 

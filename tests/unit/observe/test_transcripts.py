@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_agent.observe.transcripts import read_transcripts, to_transcript, write_transcript
+from megatron_agent.observe.transcripts import read_transcripts, rewind_transcripts, to_transcript, write_transcript
 from megatron_agent.types import Trajectory
 
 
@@ -38,3 +38,10 @@ def test_limit_takes_evenly_spaced_episodes(tmp_path: Path, make_episode: Callab
     write_transcript(path, 1, episodes, limit=4)
     write_transcript(path, 2, episodes[:2], limit=4)
     assert [record.task_id for record in read_transcripts(path)] == ["t0", "t2", "t4", "t6", "t0", "t1"]
+
+
+def test_rewind_forgets_later_steps_and_a_cut_line(tmp_path):
+    path = tmp_path / "transcripts.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "te')
+    rewind_transcripts(path, 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -21,6 +21,7 @@ from megatron_agent.training.checkpoint import (
     weight_files,
 )
 
+
 def entry(name, shape, rule):
     return Entry(name, shape, "weight", rule, "first", None, rule)
 

@@ -1,0 +1,84 @@
+"""Which rank and which engine get which GPU, by Ray's own count of GPUs that are only pretended.
+
+Not covered: real GPUs, several nodes.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_agent.cluster import gpu_shares
+from megatron_agent.config import parse
+from megatron_agent.errors import ConfigError
+
+
+def config_of(ranks, engines, per_engine=1):
+    training = {"tensor_parallel": ranks, "max_tokens_per_microbatch": 4096}
+    return parse({"training": training, "rollout": {"num_engines": engines, "tensor_parallel": per_engine}})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "engines", "per_engine", "num_gpus", "shares"),
+    [
+        (2, 2, 1, 0, (0.0, 0.0)),
+        (2, 2, 1, 4, (1.0, 1.0)),
+        (2, 1, 2, 4, (1.0, 2.0)),
+        (2, 2, 1, 3, (0.5, 0.5)),
+        (2, 1, 1, 2, (0.5, 0.5)),
+        (1, 2, 1, 2, (0.5, 0.5)),
+    ],
+)
+def test_shares(ranks, engines, per_engine, num_gpus, shares):
+    assert gpu_shares(config_of(ranks, engines, per_engine), num_gpus) == shares
+
+
+@pytest.mark.parametrize(("ranks", "engines", "per_engine", "num_gpus"), [(2, 2, 1, 1), (2, 1, 2, 2), (1, 3, 1, 2)])
+def test_too_few_gpus(ranks, engines, per_engine, num_gpus):
+    with pytest.raises(ConfigError, match=f"needs {ranks} GPUs and the rollout engines {engines * per_engine}, but there are"):
+        gpu_shares(config_of(ranks, engines, per_engine), num_gpus)
+
+
+PROGRAM = """
+import json, sys
+import ray
+from megatron_agent import cluster
+from megatron_agent.config import parse
+
+ranks, engines, num_gpus = map(int, sys.argv[1:])
+training = {"tensor_parallel": ranks, "max_tokens_per_microbatch": 4096}
+config = parse({"training": training, "rollout": {"num_engines": engines}})
+ray.init(num_cpus=4, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def devices(self):
+        return ray.get_gpu_ids()
+
+sides = []
+for share, count in zip(cluster.gpu_shares(config, num_gpus), (ranks, engines)):
+    sides.append([Actor.options(**options).remote() for options in cluster.placements(config, share, count)])
+print(json.dumps([ray.get([actor.devices.remote() for actor in side], timeout=60) for side in sides]))
+ray.shutdown()
+"""
+
+
+def devices(*numbers):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, numbers)], capture_output=True, text=True, timeout=120, check=True
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.integration
+def test_colocated_sides_meet_one_to_a_device():
+    """Ray alone packs two halves of one side on a device."""
+    ranks, engines = devices(2, 2, 2)
+    assert ranks == engines and sorted(ranks) == [[0], [1]]
+
+
+@pytest.mark.integration
+def test_split_sides_share_nothing():
+    ranks, engines = devices(2, 1, 3)
+    assert sorted(ranks + engines) == [[0], [1], [2]]

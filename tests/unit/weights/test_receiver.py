@@ -1,0 +1,41 @@
+"""Which parameters of a vLLM rank a plan must fill. Writing into a live model: tests/integration."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_agent.errors import WeightSyncError
+from megatron_agent.types import ShardCopy
+from megatron_agent.weights.plan import to_plain
+
+pytestmark = pytest.mark.integration  # imports vLLM
+
+ROW = ((0, 2),)
+PLAN = [  # rank 1 holds nothing but padding of the vocabulary
+    ShardCopy(0, "a", ROW, 0, "embed", ROW),
+    ShardCopy(0, "b", ROW, 0, "w", ROW),
+    ShardCopy(0, "b", ROW, 1, "w", ROW),
+]
+
+
+def receiver(names, rank):
+    from megatron_agent.weights.receiver import InitInfo, ShardReceiver
+
+    made = object.__new__(ShardReceiver)
+    made.parallel_config = SimpleNamespace(rank=rank, tensor_parallel_size=2)
+    made.model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(2)) for name in names})
+    made.init_transfer_engine(InitInfo(plan=to_plain(PLAN), dtype="float32"))
+    return made
+
+
+def test_a_rank_of_padding_only_is_sent_less():
+    assert [i for i, _ in receiver(["embed", "w"], 0)._mine] == [0, 1]
+    assert [i for i, _ in receiver(["embed", "w"], 1)._mine] == [2]
+
+
+def test_models_that_the_plan_does_not_fit():
+    with pytest.raises(WeightSyncError, match=r"does not fill vLLM's parameters \['x'\]"):
+        receiver(["embed", "w", "x"], 0)
+    with pytest.raises(WeightSyncError, match=r"no parameters \['embed'\]: another model family"):
+        receiver(["w"], 0)
