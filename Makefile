@@ -27,13 +27,13 @@ lint: .venv/.ready
 setup: .venv/.ready
 
 .venv/.ready: setup.py tools/torchvision_cpu.py
-	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q $(PIP_ARGS) -e '.[cpu,dev]'
-	# CUDA builds that cannot be imported beside a CPU torch, and that vLLM imports when it finds them
-	$(PY) -c 'import torch; raise SystemExit(torch.version.cuda is not None)' && $(PY) -m pip uninstall -q -y torchaudio torchcodec || true
-	$(PY) tools/torchvision_cpu.py
-	touch $@
+	@# CUDA builds that cannot be imported beside a CPU torch, and that vLLM imports when it finds them
+	@$(PY) -c 'import torch; raise SystemExit(torch.version.cuda is not None)' && $(PY) -m pip uninstall -q -y torchaudio torchcodec || true
+	@$(PY) tools/torchvision_cpu.py
+	@touch $@
 
 clean:
 	rm -rf .venv build *.egg-info
