@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to work: the disk to measure; about 4x the size is needed")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as tools/convert.py does
     with tempfile.TemporaryDirectory(dir=options.folder) as root:
         measure(Path(root), options)
 

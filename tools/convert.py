@@ -214,6 +214,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    torch.set_num_threads(1)  # the threads of --workers copy; more of torch's under each would wait for one another
     try:
         return run(options)
     except (MegatronAgentError, OSError) as error:

@@ -52,7 +52,7 @@ from megatron_agent.types import TrainSample
 
 LOGPROB_LIMIT = 2e-5  # |difference| of every log-prob
 GRADIENT_LIMIT = 1e-4  # of every tensor: max |difference| / max |transformers' gradient|
-LOSS_LIMIT = 1e-5  # spread of the losses of all layouts after the Adam steps
+LOSS_LIMIT = 1e-5  # after the Adam steps: spread of the losses of all layouts, and of each to transformers'
 DEFAULT_LAYOUTS = "one,tp2,pp2,dp2,cp2,tp2pp2,tp2sp,tp2cp2sp"
 MIN_ROWS = 3  # no, one and many pictures
 
@@ -247,6 +247,11 @@ def failures(outcomes: Sequence[Outcome]) -> list[str]:
             found.append(
                 f"{outcome.title}: the gradient of {outcome.gradient_worst} is {outcome.gradient_max:.1e} off, relative to its "
                 f"largest value (limit {GRADIENT_LIMIT:.0e}){others}"
+            )
+        if not outcome.loss_difference <= LOSS_LIMIT:
+            found.append(
+                f"{outcome.title}: the loss after the Adam steps is {outcome.loss_difference:.1e} off transformers' "
+                f"(limit {LOSS_LIMIT:.0e})"
             )
     if not spread(outcomes) <= LOSS_LIMIT:
         by_loss = sorted(outcomes, key=lambda o: o.losses[-1])

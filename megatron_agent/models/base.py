@@ -46,8 +46,11 @@ class ModelFamily(ABC):
         """Hugging Face config -> Megatron's."""
 
     @abstractmethod
-    def build(self, config: TransformerConfig, stage: StageSpec) -> torch.nn.Module:
-        """The model of one stage; forward(MicroBatch) -> hidden states or, on the last stage, logits of the targets."""
+    def build(self, config: TransformerConfig, stage: StageSpec, chunk: int | None = None) -> torch.nn.Module:
+        """The model of one stage, or of `chunk` of a virtual pipeline.
+
+        forward(MicroBatch) -> hidden states or, on the last stage, logits of the targets.
+        """
 
     @abstractmethod
     def table(self, layout: Layout, transformer_engine: bool) -> list[Entry]:

@@ -27,6 +27,7 @@ class TrainingConfig:
     pipeline_parallel: int = 1
     data_parallel: int = 1
     context_parallel: int = 1
+    virtual_pipeline: int = 1
     sequence_parallel: bool = False
     recompute: str = "none"  # activations recomputed in the backward pass: none, selective (attention), full (layers)
     num_steps: int = 100
@@ -44,7 +45,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         self.layout = Layout(
-            self.tensor_parallel, self.pipeline_parallel, self.data_parallel, self.context_parallel, self.sequence_parallel
+            self.tensor_parallel,
+            self.pipeline_parallel,
+            self.data_parallel,
+            self.context_parallel,
+            self.sequence_parallel,
+            self.virtual_pipeline,
         )
         if self.recompute not in ("none", "selective", "full"):
             raise ConfigError(f"training.recompute={self.recompute!r}; allowed: none, selective, full")
@@ -135,7 +141,8 @@ class Actor:
         # Twice as many micro-batches as stages keep every stage of a pipeline busy for most of the step.
         fewest = 1 if self.layout.pipeline_parallel == 1 else 2 * self.layout.pipeline_parallel
         lengths = [padded_length(sample.num_tokens, self.layout.segment_multiple) for sample in samples]
-        return plan_microbatches(lengths, self.config.max_tokens_per_microbatch, self.layout.data_parallel, fewest)
+        plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch, self.layout.data_parallel, fewest)
+        return interleavable(plan, self.layout)
 
     async def send_weights(self, plan: list[ShardCopy], folder: Path) -> list[int]:
         """Every rank writes its shards -> checksums in plan order."""
@@ -164,6 +171,13 @@ class Actor:
             raise TrainingError(f"trainer rank {rank} died: {error}") from error
         except RayTaskError as error:
             raise cause_of(error, TrainingError) from None
+
+
+def interleavable(plan: list[list[list[int]]], layout: Layout) -> list[list[list[int]]]:
+    """With a virtual pipeline Megatron wants a multiple of the stages: empty micro-batches make it up."""
+    if layout.virtual_pipeline == 1:
+        return plan
+    return [batches + [[] for _ in range(-len(batches) % layout.pipeline_parallel)] for batches in plan]
 
 
 def minibatches(samples: list[TrainSample], count: int) -> list[list[TrainSample]]:

@@ -162,7 +162,8 @@ def _metadata() -> dict[str, Any]:
 
 def _sharded_state(model: MegatronModel, is_loading: bool) -> dict[str, Any]:
     metadata = _metadata()
-    weights = model.module.sharded_state_dict(metadata=metadata)
+    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in model.chunks]
+    weights = states[0] if len(states) == 1 else {f"chunk{i}": state for i, state in enumerate(states)}
     optimizer = model.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return {"model": weights, "optimizer": optimizer}
 
@@ -183,5 +184,7 @@ def load_megatron(model: MegatronModel, folder: Path) -> None:
 
     with torch.no_grad():
         state = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(folder))
-        model.module.load_state_dict(state["model"], strict=False)
+        for index, chunk in enumerate(model.chunks):
+            weights = state["model"] if len(model.chunks) == 1 else state["model"][f"chunk{index}"]
+            chunk.load_state_dict(weights, strict=False)
         model.optimizer.load_state_dict(state["optimizer"])

@@ -8,6 +8,7 @@ key every tensor lies as on one tensor-parallel rank. So the place of a Hugging 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -37,7 +38,8 @@ from megatron_agent.types import Slices
 if TYPE_CHECKING:
     from megatron_agent.training.megatron import MegatronModel
 
-BLOCK_BYTES = 8 << 20  # of a tensor in memory at a time
+BLOCK_BYTES = 2 << 20  # of a tensor in memory at a time
+KERNEL_COPY_BYTES = 32 << 20  # between two steps of the progress bar
 FORMAT_FILE, COMMON_FILE = "metadata.json", "common.pt"
 OPTIMIZER_PREFIX = "optimizer."
 
@@ -132,6 +134,34 @@ class Files:
         while view:
             count = os.pwrite(self.descriptors[target.file], view, at)
             view, at = view[count:], at + count
+
+    def copy_rows(self, target: Region, copy: Copy) -> Iterator[int]:
+        """A copy of whole rows by the kernel, in steps whose sizes in bytes are yielded."""
+        source, (start, stop), (into, _) = copy.source, copy.source_slice[0], copy.target_slice[0]
+        left = (stop - start) * source.row_bytes
+        at, to = source.offset + start * source.row_bytes, target.offset + into * target.row_bytes
+        descriptors = self.descriptors[source.file], self.descriptors[target.file]
+        while left:
+            try:
+                count = os.copy_file_range(*descriptors, min(left, KERNEL_COPY_BYTES), at, to)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                # Not between these two file systems.
+                count = os.pwrite(descriptors[1], os.pread(descriptors[0], min(left, BLOCK_BYTES), at), to)
+            if not count:
+                raise CheckpointError(f"{source.file}: the file ends before the tensors that it should hold")
+            at, to, left = at + count, to + count, left - count
+            yield count
+
+
+def is_whole_rows(target: Region, copy: Copy) -> bool:
+    source, rest = copy.source, copy.source_slice[1:]
+    return (
+        source.dtype == target.dtype
+        and source.shape[1:] == target.shape[1:]
+        and rest == copy.target_slice[1:] == _whole(source.shape[1:])
+    )
 
 
 def _bytes_of(tensor: torch.Tensor):
@@ -429,6 +459,8 @@ def load_weights(model: MegatronModel, folder: Path) -> None:
     from megatron_agent.training.checkpoint import _metadata
 
     with torch.no_grad():
-        state = {"model": model.module.sharded_state_dict(metadata=_metadata())}
-        model.module.load_state_dict(dist_checkpointing.load(state, str(folder))["model"], strict=False)
+        states = {f"chunk{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(model.chunks)}
+        loaded = dist_checkpointing.load(states, str(folder))
+        for i, chunk in enumerate(model.chunks):
+            chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)
     model.optimizer.reload_model_params()

@@ -26,7 +26,16 @@ from megatron_agent import registry
 from megatron_agent.errors import CheckpointError, ConfigError
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.models.mapping import Entry, Shape
-from megatron_agent.training.dist_checkpoint import Copy, DistCheckpoint, Files, Region, View, checkpoint_table, shapes_of
+from megatron_agent.training.dist_checkpoint import (
+    Copy,
+    DistCheckpoint,
+    Files,
+    Region,
+    View,
+    checkpoint_table,
+    is_whole_rows,
+    shapes_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -224,17 +233,25 @@ def export_hf(checkpoint: Path, out: Path, like: Path | None = None, advance: Ad
 
 
 def fill(targets: Sequence[tuple[Region, View]], advance: Advance | None = None, workers: int = 2) -> None:
-    """Write every view into its region, in blocks, `workers` regions at a time."""
+    """Write every view into its region, `workers` regions at a time: whole rows by the kernel, others in blocks."""
     files, lock = Files(), threading.Lock()
 
-    def one(target: Region, view: View) -> None:
+    def steps(target: Region, view: View) -> Iterator[int]:
+        if all(is_whole_rows(target, copy) for copy in view.copies):
+            for copy in view.copies:
+                yield from files.copy_rows(target, copy)
+            return
         wanted = replace(view, dtype=target.dtype)
         for start, stop in wanted.blocks():
             block = files.read(wanted, start, stop)
             files.write(target, start, block)
+            yield block.nbytes
+
+    def one(target: Region, view: View) -> None:
+        for num_bytes in steps(target, view):
             if advance is not None:
                 with lock:
-                    advance(block.nbytes)
+                    advance(num_bytes)
 
     with files, ThreadPoolExecutor(workers) as pool:
         files.open({target.file for target, _ in targets}, writable=True)

@@ -18,11 +18,14 @@ class Layout:
     data_parallel: int = 1
     context_parallel: int = 1
     sequence_parallel: bool = False
+    virtual_pipeline: int = 1  # model chunks per pipeline stage (interleaved schedule)
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "context_parallel"):
+        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "context_parallel", "virtual_pipeline"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)}: a degree of parallelism is 1 or more")
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            raise ConfigError("training.virtual_pipeline interleaves pipeline stages: set training.pipeline_parallel above 1")
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ConfigError("training.sequence_parallel splits rows over tensor ranks: set training.tensor_parallel above 1")
 
@@ -48,13 +51,18 @@ class Layout:
         pp, dp = divmod(rest, self.data_parallel)
         return Coordinates(tp, dp, pp, cp)
 
-    def stage(self, pipeline_rank: int, num_layers: int) -> StageSpec:
-        per_stage = num_layers // self.pipeline_parallel
+    @property
+    def num_chunks(self) -> int:
+        return self.pipeline_parallel * self.virtual_pipeline
+
+    def stage(self, pipeline_rank: int, num_layers: int, chunk: int = 0) -> StageSpec:
+        """What chunk `chunk` of a pipeline rank builds; chunks are dealt to the ranks in turn."""
+        per_chunk, index = num_layers // self.num_chunks, chunk * self.pipeline_parallel + pipeline_rank
         return StageSpec(
-            first_layer=per_stage * pipeline_rank,
-            last_layer=per_stage * (pipeline_rank + 1),
-            is_first=pipeline_rank == 0,
-            is_last=pipeline_rank == self.pipeline_parallel - 1,
+            first_layer=per_chunk * index,
+            last_layer=per_chunk * (index + 1),
+            is_first=index == 0,
+            is_last=index == self.num_chunks - 1,
         )
 
 
@@ -77,17 +85,21 @@ def holds(entry: Entry, stage: StageSpec) -> bool:
 
 
 def megatron_pieces(table: list[Entry], layout: Layout, num_layers: int, rank: int) -> list[Piece]:
-    """What HF box every local parameter of a training rank holds; layers numbered from 0 in each stage."""
+    """What HF box every local parameter of a training rank holds; layers numbered from 0 in each stage.
+
+    With a virtual pipeline the names are those of a ModuleList of the rank's chunks: "0.language...", "1.language...".
+    """
     at = layout.coordinates(rank)
-    stage = layout.stage(at.pipeline, num_layers)
     rows = []
-    for e in table:
-        if not holds(e, stage):
-            continue
-        param = e.param
-        if isinstance(e.stage, int):
-            param = param.replace(f".layers.{e.stage}.", f".layers.{e.stage - stage.first_layer}.", 1)
-        rows.append((e.hf_name, e.shape, param, e.rule))
+    for chunk in range(layout.virtual_pipeline):
+        stage = layout.stage(at.pipeline, num_layers, chunk)
+        prefix = f"{chunk}." if layout.virtual_pipeline > 1 else ""
+        for e in table:
+            if holds(e, stage):
+                param = e.param
+                if isinstance(e.stage, int):
+                    param = param.replace(f".layers.{e.stage}.", f".layers.{e.stage - stage.first_layer}.", 1)
+                rows.append((e.hf_name, e.shape, prefix + param, e.rule))
     return list(dict.fromkeys(pieces(rows, at.tensor, layout.tensor_parallel)))
 
 

@@ -48,14 +48,18 @@ class MegatronModel:
         self.family, self.layout, self.temperature = family, layout, 1.0
         self.rank = dist.get_rank()
         parallel_state.initialize_model_parallel(
-            layout.tensor_parallel, layout.pipeline_parallel, context_parallel_size=layout.context_parallel
+            layout.tensor_parallel,
+            layout.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            context_parallel_size=layout.context_parallel,
         )
         model_parallel_cuda_manual_seed(seed)
         self.at = layout.coordinates(self.rank)
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
         num_layers: int = family.text.num_layers  # type: ignore[attr-defined]
-        self.stage = layout.stage(self.at.pipeline, num_layers)
+        chunks = range(layout.virtual_pipeline)
+        self.stages = [layout.stage(self.at.pipeline, num_layers, chunk) for chunk in chunks]
         self.config = family.transformer_config(layout, DTYPES[dtype])
         if recompute != "none":
             self.config.recompute_granularity = recompute
@@ -69,31 +73,43 @@ class MegatronModel:
             self._sum_vision_gradients()
 
         self.config.finalize_model_grads_func = finalize
-        module = family.build(self.config, self.stage)
+        interleaved = layout.virtual_pipeline > 1
+        self.chunks: list[Any] = [
+            family.build(self.config, stage, chunk if interleaved else None) for chunk, stage in zip(chunks, self.stages)
+        ]
+        # Whose parameters bear the names of the mapping table's pieces.
+        self.module: Any = torch.nn.ModuleList(self.chunks) if interleaved else self.chunks[0]
         if torch.cuda.is_available():
-            module.cuda(torch.cuda.current_device())
+            self.module.cuda(torch.cuda.current_device())
         table = family.table(layout, torch.cuda.is_available())
         self.pieces = megatron_pieces(table, layout, num_layers, self.rank)
-        load_hf_shards(module, self.pieces, family.path, table)
-        mark_tensor_parallel(module, {p.param for p in self.pieces if is_tensor_parallel(p, table)})
-        if dtype == "bfloat16":
-            from megatron.core.transformer.module import Float16Module
-
-            module = Float16Module(self.config, module)
-        self.ddp = DistributedDataParallel(
-            self.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False, overlap_grad_reduce=False
-            ),
-            module,
-        )
-        self.module: Any = module.module if dtype == "bfloat16" else module
+        load_hf_shards(self.module, self.pieces, family.path, table)
+        mark_tensor_parallel(self.module, {p.param for p in self.pieces if is_tensor_parallel(p, table)})
+        self.ddp = [
+            DistributedDataParallel(
+                self.config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
+                ),
+                self._in_dtype(chunk),
+                disable_bucketing=index > 0,
+            )
+            for index, chunk in enumerate(self.chunks)
+        ]
         self.reset_optimizer(lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), clip_grad=1.0)
+
+    def _in_dtype(self, chunk: torch.nn.Module) -> torch.nn.Module:
+        if not self.config.bf16:
+            return chunk
+        from megatron.core.transformer.module import Float16Module
+
+        return Float16Module(self.config, chunk)
 
     def reset_optimizer(self, lr: float, weight_decay: float, betas: tuple[float, float], clip_grad: float) -> None:
         """A fresh Adam (no moments), as at the start of every training phase."""
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+        self.weight_decay = weight_decay
         config = OptimizerConfig(
             optimizer="adam",
             lr=lr,
@@ -106,13 +122,13 @@ class MegatronModel:
             params_dtype=self.config.params_dtype,
             use_distributed_optimizer=True,
         )
-        self.optimizer = get_megatron_optimizer(config, [self.ddp], use_gloo_process_groups=not torch.cuda.is_available())
+        self.optimizer = get_megatron_optimizer(config, self.ddp, use_gloo_process_groups=not torch.cuda.is_available())
         self.config.grad_scale_func = self.optimizer.scale_loss
 
     @property
     def is_reporter(self) -> bool:
         """The ranks that hold a share of the losses: last stage, first tensor rank, every context and data rank."""
-        return self.stage.is_last and self.at.tensor == 0
+        return self.stages[-1].is_last and self.at.tensor == 0
 
     def update(
         self,
@@ -129,15 +145,17 @@ class MegatronModel:
         Raises TrainingError when the loss or the gradient is not finite; no parameter has changed then.
         """
         self.temperature = temperature
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         stats = LossStats()
         loss = partial(self._loss, algorithm=algorithm, denominator_tokens=denominator_tokens, stats=stats)
         self._run(samples, microbatches, pixels, loss, forward_only=False)
         self._refuse_nan(stats)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            # wd_mult is 0 for norms and biases; Megatron applies it in its scheduler, which is not used here.
+            group["lr"], group["weight_decay"] = lr, self.weight_decay * group["wd_mult"]
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())  # over all ranks, so that all of them decide alike
         if not math.isfinite(grad_norm):
@@ -150,7 +168,8 @@ class MegatronModel:
     ) -> tuple[dict[int, list[float]], LossStats]:
         """Sample index -> log-probs of its action tokens under the current weights (empty but on reporters)."""
         self.temperature = temperature
-        self.ddp.eval()
+        for chunk in self.ddp:
+            chunk.eval()
         stats = LossStats()
         found: dict[int, list[float]] = {}
 
@@ -212,8 +231,8 @@ class MegatronModel:
 
         get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=batches(),
-            model=[self.ddp],
+            data_iterator=[batches() for _ in self.ddp] if len(self.ddp) > 1 else batches(),
+            model=self.ddp,
             num_microbatches=len(microbatches),
             seq_length=longest,  # of the whole row; Megatron divides by the context and sequence parallel degrees
             micro_batch_size=1,
@@ -232,7 +251,7 @@ class MegatronModel:
 
     def _sum_vision_gradients(self) -> None:
         """Tensor ranks encoded different pictures: their gradients of the tower add up (context ranks' do so in DDP)."""
-        visual = getattr(self.module, "visual", None)
+        visual = getattr(self.chunks[0], "visual", None)
         if visual is None or not visual.is_split or self.layout.tensor_parallel == 1:
             return
         grads = [parameter.main_grad for parameter in visual.parameters() if parameter.requires_grad]

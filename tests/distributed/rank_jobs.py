@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
+from megatron_agent.training.actor import interleavable
 from megatron_agent.training.layout import Layout
 from megatron_agent.training.packing import padded_length, plan_microbatches
 from megatron_agent.types import ImageRef, TrainSample
@@ -57,7 +58,7 @@ def make_model(path, layout, recompute="none"):
 def plan_for(samples, layout, budget):
     fewest = 1 if layout.pipeline_parallel == 1 else 2 * layout.pipeline_parallel
     lengths = [padded_length(s.num_tokens, layout.segment_multiple) for s in samples]
-    return plan_microbatches(lengths, budget, layout.data_parallel, fewest)
+    return interleavable(plan_microbatches(lengths, budget, layout.data_parallel, fewest), layout)
 
 
 class Steps:

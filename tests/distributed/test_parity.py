@@ -1,6 +1,6 @@
 """Real ranks over gloo against transformers, and every layout against one rank.
 
-Not covered: bfloat16, GPUs, virtual pipeline stages, more than four ranks.
+Not covered: bfloat16, GPUs, more than four ranks.
 """
 
 import functools
@@ -22,6 +22,7 @@ LAYOUTS = {
     "tp2sp": Layout(2, sequence_parallel=True),
     "cp2": Layout(context_parallel=2),
     "tp2cp2sp": Layout(2, context_parallel=2, sequence_parallel=True),
+    "pp2vpp2": Layout(pipeline_parallel=2, virtual_pipeline=2),
     "pp2cp2": Layout(pipeline_parallel=2, context_parallel=2),
 }
 CASES = [("tied", "one"), *(("tied", name) for name in LAYOUTS), ("untied", "tp2pp2")]

@@ -100,8 +100,11 @@ class Qwen2_5_VL(ModelFamily):
                 f"rollout.tensor_parallel={rollout_tensor_parallel} does not divide the model's attention heads "
                 f"({self.text.num_heads} in the language model, {self.vision.num_heads} in the vision tower)"
             )
-        if self.text.num_layers % pp:
-            raise ConfigError(f"training.pipeline_parallel={pp} does not divide the model's {self.text.num_layers} layers")
+        if self.text.num_layers % layout.num_chunks:
+            raise ConfigError(
+                f"training.pipeline_parallel={pp} x training.virtual_pipeline={layout.virtual_pipeline} does not divide the "
+                f"model's {self.text.num_layers} layers"
+            )
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         from megatron_agent.models.qwen2_5_vl.weights import MEGATRON_VOCAB_MULTIPLE
@@ -132,6 +135,9 @@ class Qwen2_5_VL(ModelFamily):
             mrope_section=list(text.mrope_section),
             tensor_model_parallel_size=layout.tensor_parallel,
             pipeline_model_parallel_size=layout.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            overlap_p2p_comm=layout.virtual_pipeline > 1,
+            batch_p2p_comm=layout.virtual_pipeline == 1,  # batched, interleaved chunks receive one another's tensors on gloo
             context_parallel_size=layout.context_parallel,
             sequence_parallel=layout.sequence_parallel,
             params_dtype=dtype,
@@ -147,7 +153,7 @@ class Qwen2_5_VL(ModelFamily):
             apply_rope_fusion=False,
         )
 
-    def build(self, config: TransformerConfig, stage: StageSpec) -> torch.nn.Module:
+    def build(self, config: TransformerConfig, stage: StageSpec, chunk: int | None = None) -> torch.nn.Module:
         from megatron_agent.models.qwen2_5_vl.language import Qwen2_5_VLStage
 
         return Qwen2_5_VLStage(
@@ -159,6 +165,7 @@ class Qwen2_5_VL(ModelFamily):
             self.text.rope_theta,
             self.text.max_position_embeddings,
             self.text.tied,
+            chunk,
         )
 
     def table(self, layout: Layout, transformer_engine: bool) -> list[Entry]:

@@ -79,6 +79,7 @@ class Qwen2_5_VLStage(MegatronModule):
         rope_theta: float,
         max_positions: int,
         tied: bool,
+        chunk: int | None = None,
     ) -> None:
         super().__init__(config=config)
         self.pre_process, self.post_process = stage.is_first, stage.is_last
@@ -98,6 +99,7 @@ class Qwen2_5_VLStage(MegatronModule):
             share_embeddings_and_output_weights=tied,
             position_embedding_type="none",  # mrope_frequencies: Megatron's would slice packed rows wrongly under CP
             scatter_embedding_sequence_parallel=False,  # pictures go in first
+            vp_stage=chunk,
         )
         self.rope_theta = rope_theta
         if stage.is_last and config.sequence_parallel:
