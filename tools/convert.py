@@ -183,7 +183,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--workers", type=int, default=2, help="threads")
     to_megatron.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     to_megatron.add_argument("--pp", type=int, default=1, help="pipeline stages")
-    to_megatron.add_argument("--vpp", type=int, default=1, help="interleaved stages: not there yet")
+    to_megatron.add_argument("--vpp", type=int, default=1, help="chunks per pipeline stage (interleaved)")
     compare = commands.add_parser("verify", help="compare two checkpoints of either kind; exit 1 on a difference")
     compare.add_argument("a", type=Path)
     compare.add_argument("b", type=Path)
@@ -204,11 +204,8 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "megatron-to-hf":
         megatron_to_hf(options.source, options.out, options.like, options.workers, options.quiet)
         return 0
-    if options.vpp != 1:
-        raise CheckpointError(
-            f"--vpp {options.vpp}: interleaved stages are not there yet; leave it out: a checkpoint loads into any layout"
-        )
-    hf_to_megatron(options.source, options.out, Layout(options.tp, options.pp), options.workers, options.quiet)
+    layout = Layout(options.tp, options.pp, virtual_pipeline=options.vpp)
+    hf_to_megatron(options.source, options.out, layout, options.workers, options.quiet)
     return 0
 
 

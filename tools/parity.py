@@ -53,7 +53,7 @@ from megatron_agent.types import TrainSample
 LOGPROB_LIMIT = 2e-5  # |difference| of every log-prob
 GRADIENT_LIMIT = 1e-4  # of every tensor: max |difference| / max |transformers' gradient|
 LOSS_LIMIT = 1e-5  # after the Adam steps: spread of the losses of all layouts, and of each to transformers'
-DEFAULT_LAYOUTS = "one,tp2,pp2,dp2,cp2,tp2pp2,tp2sp,tp2cp2sp"
+DEFAULT_LAYOUTS = "one,tp2,pp2,dp2,cp2,tp2pp2,pp2vpp2,tp2sp,tp2cp2sp"
 MIN_ROWS = 3  # no, one and many pictures
 
 ENVIRONMENT = {  # of the processes that are started
@@ -62,7 +62,13 @@ ENVIRONMENT = {  # of the processes that are started
     "OMP_NUM_THREADS": "1",  # where torch is imported; every job sets its own
     "PYTHONWARNINGS": "ignore",  # Megatron's, about what is not installed
 }
-DEGREES = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "cp": "context_parallel", "dp": "data_parallel"}
+DEGREES = {
+    "tp": "tensor_parallel",
+    "pp": "pipeline_parallel",
+    "vpp": "virtual_pipeline",
+    "cp": "context_parallel",
+    "dp": "data_parallel",
+}
 
 
 def parse_layout(name: str) -> Layout:
@@ -72,8 +78,6 @@ def parse_layout(name: str) -> Layout:
         raise ConfigError(f"layout {name!r}: unknown; join degrees of {', '.join(DEGREES)} and sp, as in tp2pp2 or tp2cp2sp")
     options: dict[str, int | bool] = {}
     for axis, degree, flag in parts:
-        if axis == "vpp":
-            raise ConfigError(f"layout {name!r}: virtual pipeline stages (vpp) are not built yet")
         key, value = ("sequence_parallel", True) if flag else (DEGREES[axis], int(degree))
         if key in options:
             raise ConfigError(f"layout {name!r}: {flag or axis} is given twice")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 from megatron_agent.types import Slices
@@ -165,3 +166,17 @@ def pieces(entries: Iterable[tuple[str, Shape, str, Rule]], rank: int, size: int
 
 def as_index(slices: Slices) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in slices)
+
+
+def overlap(a: Slices, b: Slices) -> Slices | None:
+    box = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b))
+    return box if all(start < stop for start, stop in box) else None
+
+
+def volume(box: Slices) -> int:
+    return prod(stop - start for start, stop in box)
+
+
+def shifted(box: Slices, origin: Slices, target: Slices) -> Slices:
+    """`box` in the coordinates of `origin`'s tensor -> in those of `target`'s (the two are equal-shaped boxes)."""
+    return tuple((t0 + b0 - o0, t0 + b1 - o0) for (b0, b1), (o0, _), (t0, _) in zip(box, origin, target))

@@ -178,10 +178,14 @@ def save_megatron(model: MegatronModel, folder: Path) -> None:
 
 
 def load_megatron(model: MegatronModel, folder: Path) -> None:
-    """The inverse of `save_megatron`, into this layout. Collective."""
+    """The inverse of `save_megatron`, into this layout; also of a folder that tools/convert.py wrote. Collective."""
     import torch
     from megatron.core import dist_checkpointing
 
+    from megatron_agent.training.dist_checkpoint import DistCheckpoint, load_weights
+
+    if not DistCheckpoint(folder).has_optimizer:  # converted from a Hugging Face checkpoint
+        return load_weights(model, folder)
     with torch.no_grad():
         state = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(folder))
         for index, chunk in enumerate(model.chunks):

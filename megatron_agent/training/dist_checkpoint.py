@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_agent.errors import CheckpointError
 from megatron_agent.models.base import ModelFamily
-from megatron_agent.models.mapping import Entry, Shape, Split, as_index
+from megatron_agent.models.mapping import Entry, Shape, Split, as_index, overlap, shifted, volume
 from megatron_agent.training.layout import Layout, holds
 from megatron_agent.types import Slices
 
@@ -172,20 +172,6 @@ def _whole(shape: Shape) -> Slices:
     return tuple((0, n) for n in shape)
 
 
-def overlap(a: Slices, b: Slices) -> Slices | None:
-    box = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b))
-    return box if all(start < stop for start, stop in box) else None
-
-
-def volume(box: Slices) -> int:
-    return prod(stop - start for start, stop in box)
-
-
-def shifted(box: Slices, origin: Slices, target: Slices) -> Slices:
-    """`box` in the coordinates of `origin`'s tensor -> in those of `target`'s (the two are equal-shaped boxes)."""
-    return tuple((t0 + b0 - o0, t0 + b1 - o0) for (b0, b1), (o0, _), (t0, _) in zip(box, origin, target))
-
-
 def bounding(boxes: Sequence[Slices]) -> Slices:
     return tuple((min(start for start, _ in dim), max(stop for _, stop in dim)) for dim in zip(*boxes))
 
@@ -247,9 +233,9 @@ def plan_chunks(table: Sequence[Entry], layout: Layout) -> list[Chunk]:
     found: dict[tuple[str, int | None, Slices], Chunk] = {}
     num_layers, tp = num_layers_of(table), layout.tensor_parallel
     for rank in range(tp * layout.pipeline_parallel):
-        stage = layout.stage(rank // tp, num_layers)
+        stages = [layout.stage(rank // tp, num_layers, chunk) for chunk in range(layout.virtual_pipeline)]
         moved: dict[tuple, list[Part]] = defaultdict(list)
-        for entry in (e for e in table if holds(e, stage)):
+        for entry in (e for e in table if any(holds(e, stage) for stage in stages)):
             for hf, local in entry.rule.boxes(entry.shape, rank % tp, tp):
                 for hf_all, box_all in entry.rule.boxes(entry.shape, 0, 1):
                     if (common := overlap(hf, hf_all)) is not None:

@@ -5,25 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple
-from math import prod
 
 from megatron_agent.errors import WeightSyncError
-from megatron_agent.models.mapping import Piece
+from megatron_agent.models.mapping import Piece, overlap, shifted, volume
 from megatron_agent.types import ShardCopy, Slices
-
-
-def overlap(a: Slices, b: Slices) -> Slices | None:
-    box = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b))
-    return box if all(start < stop for start, stop in box) else None
-
-
-def volume(box: Slices) -> int:
-    return prod(stop - start for start, stop in box)
-
-
-def shifted(box: Slices, origin: Slices, target: Slices) -> Slices:
-    """`box` in the coordinates of `origin`'s tensor -> in those of `target`'s (the two are equal-shaped boxes)."""
-    return tuple((t0 + b0 - o0, t0 + b1 - o0) for (b0, b1), (o0, _), (t0, _) in zip(box, origin, target))
 
 
 def make_plan(sources: Sequence[Sequence[Piece]], targets: Sequence[Sequence[Piece]]) -> list[ShardCopy]:

@@ -17,6 +17,7 @@ from megatron_agent.weights.transport import read_shards
 pytestmark = pytest.mark.distributed
 
 TP2, PP2 = Layout(2, 1, 1), Layout(1, 2, 1)
+VPP2, CP2 = Layout(pipeline_parallel=2, virtual_pipeline=2), Layout(context_parallel=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,9 @@ def test_a_new_process_goes_on_bit_equal(saved, ranks, tiny_models):
     assert results == [result["went_on"] for result in saved[1]]
 
 
-def test_tp2_loads_into_pp2(saved, ranks, tiny_models):
-    results = ranks.run(2, rank_jobs.resume, tiny_models["tied"], PP2, saved[0])
+@pytest.mark.parametrize("layout", [PP2, VPP2, CP2, Layout()], ids=["pp2", "pp2vpp2", "cp2", "one"])
+def test_tp2_loads_into_another_layout(saved, ranks, tiny_models, layout):
+    results = ranks.run(layout.world_size, rank_jobs.resume, tiny_models["tied"], layout, saved[0])
     expected = losses([result["went_on"] for result in saved[1]])
     assert losses(results) == pytest.approx(expected, abs=1e-6)
 

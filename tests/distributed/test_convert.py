@@ -295,7 +295,7 @@ def test_bad_hf_is_refused(hf, tmp_path, capsys, case):
         (["--tp", "3"], "does not divide the model's attention heads (8)"),
         (["--pp", "3"], "does not divide the model's 2 layers"),
         (["--tp", "0"], "1 or more"),
-        (["--vpp", "2"], "--vpp 2: interleaved stages are not there yet"),
+        (["--vpp", "2"], "set training.pipeline_parallel above 1"),
         (["--workers", "0"], "--workers 0"),
     ],
 )

@@ -43,7 +43,7 @@ def test_three_layouts_of_a_tiny_model(tiny_models, tmp_path):
         assert 0 < result["gradient_max"] == result["gradients"][result["gradient_worst"]] <= 1e-4
         assert set(result["gradients"]) == set(out["transformers"]["gradient_peaks"])
         assert len(result["losses"]) == 4 and result["losses"][3] < result["losses"][0] - 0.1
-        assert result["losses"] == pytest.approx(out["transformers"]["losses"], abs=1e-4)
+        assert result["losses"] == pytest.approx(out["transformers"]["losses"], abs=1e-5)
         assert result["layout"] in process.stdout
     assert out["loss_spread"] <= 1e-5
 
@@ -114,7 +114,7 @@ def test_a_row_that_no_rank_reports_is_no_parity():
     [
         (["--layouts", "tp2,zp2"], "layout 'zp2': unknown"),
         (["--layouts", "tp2tp4"], "layout 'tp2tp4': tp is given twice"),
-        (["--layouts", "vpp2pp2"], "virtual pipeline stages (vpp) are not built yet"),
+        (["--layouts", "vpp2"], "set training.pipeline_parallel above 1"),
         (["--layouts", "sp"], "layout 'sp': training.sequence_parallel splits rows over tensor ranks"),
         (["--layouts", "tp3"], "layout 'tp3': training.tensor_parallel=3 does not divide"),
         (["--rows", "2"], "--rows 2: 3 or more"),

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from megatron_agent.errors import WeightSyncError
-from megatron_agent.models.mapping import Piece, Split, as_index, pieces
+from megatron_agent.models.mapping import Piece, Split, as_index, overlap, pieces, shifted, volume
 from megatron_agent.models.qwen2_5_vl.vision import VisionConfig
 from megatron_agent.models.qwen2_5_vl.weights import TextConfig, language_table, vision_table
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
 from megatron_agent.types import ShardCopy
-from megatron_agent.weights.plan import from_plain, make_plan, overlap, shifted, to_plain, volume
+from megatron_agent.weights.plan import from_plain, make_plan, to_plain
 from megatron_agent.weights.transport import checksum, file_name, read_shards, shared_folder, write_shards
 
 TEXT = TextConfig(
