@@ -48,6 +48,13 @@ def start_reaper() -> None:
     os.environ[MARK_VARIABLE] = mark
 
 
+def num_gpus() -> int:
+    """GPUs of the whole cluster; the node of the driver may have none. 0: everything runs on CPUs."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def gpu_shares(config: RunConfig, num_gpus: int) -> tuple[float, float]:
     """GPUs of one trainer rank and of one engine; fractions when the two sides share them (colocated).
 
@@ -96,7 +103,7 @@ def start_workers(config: RunConfig, store: ImageStore) -> list[Any]:
 
     from megatron_agent.training.worker import Worker
 
-    share, _ = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
+    share, _ = gpu_shares(config, num_gpus())
     remote = ray.remote(num_cpus=0)(Worker)
     layout = config.training.layout
     return [
@@ -111,7 +118,7 @@ def start_engines(config: RunConfig, store: ImageStore) -> list[Any]:
 
     from megatron_agent.rollout.engine import Engine
 
-    _, share = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
+    _, share = gpu_shares(config, num_gpus())
     remote = ray.remote(num_cpus=0, max_concurrency=4096)(Engine)
     return [
         remote.options(**options).remote(

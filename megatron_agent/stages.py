@@ -143,7 +143,7 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
 def transfer_plan(config: RunConfig, family: ModelFamily) -> list[ShardCopy]:
     """What goes from which trainer rank to which vLLM rank; the same for every engine."""
     layout = config.training.layout
-    table = family.table(layout, transformer_engine=has_gpu())
+    table = family.table(layout, transformer_engine=cluster.num_gpus() > 0)
     num_layers: int = family.text.num_layers  # type: ignore[attr-defined]
     sources = [megatron_pieces(table, layout, num_layers, rank) for rank in range(layout.world_size)]
     tp = config.rollout.tensor_parallel
@@ -154,12 +154,6 @@ def record_config(config: RunConfig) -> None:
     """The configuration with all defaults, as `load` reads it back: what this run really did."""
     config.folder.mkdir(parents=True, exist_ok=True)
     (config.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def image_store(config: RunConfig) -> ImageStore:
