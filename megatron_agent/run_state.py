@@ -80,6 +80,7 @@ class Progress:
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     after: dict[str, dict[str, float]] = field(default_factory=dict)
     episodes: dict[str, list[Trajectory]] = field(default_factory=dict, repr=False)
+    is_updating: bool = False  # the trainer's weights are not those of `step`
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -110,15 +111,18 @@ class Progress:
 
     async def save(self, parts: Stages) -> None:
         """A complete checkpoint of the last finished step (0: the warm start); nothing is done when there is one."""
+        if self.is_updating:
+            log.warning("step %d was cut in the middle: it is not in a checkpoint", self.step + 1)
+            return
         root, config = parts.config.folder / "checkpoints", parts.config.checkpoint
         if any(read_state(folder)["step"] == self.step for folder in complete_checkpoints(root)[-1:]):
             return
         await parts.actor.save(begin_checkpoint(root, self.step))
-        state = {name: value for name, value in vars(self).items() if name != "episodes"}
+        state = {name: value for name, value in vars(self).items() if name not in ("episodes", "is_updating")}
         finish_checkpoint(root, self.step, state, config.keep)
 
     def finish_step(self, step: int, parts: Stages, num_trajectories: int) -> None:
-        self.step, self.weight_version = step, parts.weight_version
+        self.step, self.weight_version, self.is_updating = step, parts.weight_version, False
         self.num_trajectories += num_trajectories
         if parts.data.train is not None:
             self.stream = dict(parts.data.train.state())

@@ -102,6 +102,7 @@ async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards,
         with timer.phase("train"):
             boards.status(f"step {step}: update on {len(samples)} rows")
             lr = config.training.lr_at(step)
+            progress.is_updating = True
             metrics = await parts.actor.update(
                 samples, parts.algorithm, lr, config.training.minibatches_per_step, config.rollout.temperature
             )
