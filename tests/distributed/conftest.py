@@ -8,7 +8,7 @@ from ranks import Ranks
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ranks():
     ranks = Ranks()
     ranks.start()

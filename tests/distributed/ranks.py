@@ -1,5 +1,6 @@
 """Real gloo ranks for tests: four processes started once, that run one function after another in worlds of 1 to 4."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -8,6 +9,9 @@ import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+
+
+JOBS_PER_PROCESS = 8  # groups that a job leaks keep threads that spin on sockets whose other end is gone
 
 
 class RankError(AssertionError):
@@ -40,6 +44,7 @@ def serve(rank: int, inbox: Connection) -> None:
             parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            gc.collect()  # models hold their groups in cycles, and every gloo group has threads
 
 
 class Ranks:
@@ -48,6 +53,7 @@ class Ranks:
     def __init__(self, count: int = 4) -> None:
         self.count = count
         self.processes: list = []
+        self.num_jobs = 0
         self.pipes: list[Connection] = []
 
     def start(self) -> None:
@@ -62,8 +68,11 @@ class Ranks:
 
     def run(self, world_size: int, function, *arguments, timeout_s: float = 300.0) -> list:
         """`function(*arguments)` on ranks 0 .. world_size - 1 -> its results in rank order. Raises RankError."""
+        if self.num_jobs == JOBS_PER_PROCESS:
+            self.stop()
         if not self.processes:
             self.start()
+        self.num_jobs += 1
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self.pipes[:world_size]:
                 pipe.send((function, world_size, str(Path(folder) / "store"), arguments))
@@ -103,4 +112,4 @@ class Ranks:
                 process.kill()
                 process.join()
             pipe.close()
-        self.processes, self.pipes = [], []
+        self.processes, self.pipes, self.num_jobs = [], [], 0
