@@ -10,7 +10,6 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-
 JOBS_PER_PROCESS = 8  # groups that a job leaks keep threads that spin on sockets whose other end is gone
 
 
