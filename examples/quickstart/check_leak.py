@@ -47,9 +47,7 @@ def probe(folders: list[Path], side_px: int) -> float:
 def main() -> None:
     folders = [Path(name) for name in sys.argv[1:]] or [Path("data/quickstart/seed0")]
     for side_px in (SIDE, SIDE * SCALE):
-        print(
-            f"linear probe on the asked tile, picture of {side_px} px: {probe(folders, side_px):.3f} (chance {1 / len(PATTERNS)})"
-        )
+        print(f"asked tile in a picture of {side_px} px: {probe(folders, side_px):.3f} (chance {1 / len(PATTERNS)})")
 
 
 if __name__ == "__main__":
