@@ -23,7 +23,7 @@ from megatron_agent.errors import ConfigError
 from megatron_agent.observe.boards import ObserveConfig
 from megatron_agent.rollout.agent_loop import AgentConfig
 from megatron_agent.rollout.engine import RolloutConfig
-from megatron_agent.training.actor import TrainingConfig
+from megatron_agent.training.actor import TrainingConfig, VisionSection
 
 T = TypeVar("T")
 COMPONENTS = {"reward": ("rewards", "vl_agent"), "algorithm": ("algorithms", "grpo")}  # section -> folder, default name
@@ -35,9 +35,16 @@ class CheckpointSection:
 
     every_steps: int = 10
     keep: int = 2
+    asynchronous: bool = True  # training goes on while the files are written; it waits for a copy in host memory only
+    keep_best: str = ""  # a metric of the held-out evaluation, "heldout/accuracy": its best checkpoint stays too
+    export_hf: bool = False  # a Hugging Face folder beside the weights, step_.../hf_model
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0 and self.keep >= 0, "checkpoint.every_steps and checkpoint.keep must be 0 or more")
+        require(
+            not self.keep_best or self.keep_best.startswith("heldout/"),
+            f"checkpoint.keep_best={self.keep_best!r}: give a metric of the held-out rows, such as heldout/accuracy, or ''",
+        )
 
 
 @dataclass
@@ -101,6 +108,7 @@ class RunConfig:
     agent: AgentConfig = field(default_factory=AgentConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    vision: VisionSection = field(default_factory=VisionSection)
     sft: SftSection = field(default_factory=SftSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
@@ -147,6 +155,10 @@ def check_across_sections(config: RunConfig) -> None:
     )
     if training.num_steps:
         check_sampling(rollout)
+    require(
+        not config.checkpoint.keep_best or bool(config.evaluation.files),
+        f"checkpoint.keep_best={config.checkpoint.keep_best!r} needs held-out rows; give evaluation.files, or '' for off",
+    )
     require(
         config.agent.single_response_max_tokens < rollout.max_model_len,
         f"agent.single_response_max_tokens={config.agent.single_response_max_tokens} must be below "

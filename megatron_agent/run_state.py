@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_agent.errors import StopRequested
-from megatron_agent.training.checkpoint import begin_checkpoint, complete_checkpoints, finish_checkpoint, read_state
+from megatron_agent.errors import CheckpointError, StopRequested
+from megatron_agent.training.checkpoint import STATE_FILE, complete_checkpoints, read_state
 from megatron_agent.types import Trajectory
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Progress:
     step: int = 0
     stream: dict[str, Any] = field(default_factory=dict)
     weight_version: int = 0
+    algorithm: dict[str, Any] = field(default_factory=dict)  # name of the algorithm -> its state
     num_trajectories: int = 0
     seconds_setup: float = 0.0
     seconds_train: float = 0.0
@@ -93,12 +94,18 @@ class Progress:
 
     @staticmethod
     def last(config: RunConfig) -> Progress | None:
-        """Of the newest complete checkpoint, when `resume` is auto and there is one."""
+        """Of the newest complete checkpoint, when `resume` is auto and there is one. Raises CheckpointError."""
         saved = complete_checkpoints(config.folder / "checkpoints") if config.resume == "auto" else []
-        return Progress(**read_state(saved[-1])) if saved else None
+        if not saved:
+            return None
+        state = read_state(saved[-1])
+        try:
+            return Progress(**state)
+        except TypeError as error:
+            raise CheckpointError(f"{saved[-1] / STATE_FILE}: not what this version writes: {error}") from error
 
     async def restore(self, parts: Stages) -> None:
-        """Weights, optimizer, data order and weight version as they were."""
+        """Weights, optimizer, random states, data order, the algorithm's state and the weight version as they were."""
         saved = complete_checkpoints(parts.config.folder / "checkpoints")
         if not saved:
             return  # a new run without a warm start
@@ -107,23 +114,29 @@ class Progress:
         parts.weight_version = max(0, self.weight_version - 1)  # the sync that follows stamps the same version again
         if parts.data.train is not None and self.stream:
             parts.data.train.load_state(self.stream)
+        if (name := parts.config.algorithm_name) in self.algorithm:
+            parts.algorithm.load_state(self.algorithm[name])
         log.info("resumed from %s (step %d)", folder, self.step)
 
-    async def save(self, parts: Stages) -> None:
-        """A complete checkpoint of the last finished step (0: the warm start); nothing is done when there is one."""
+    async def save(self, parts: Stages, wait: bool = False) -> None:
+        """A checkpoint of the last finished step (0: the warm start), complete on return with `wait`; nothing is done when
+        there is one. Raises CheckpointError, also of the save before."""
         if self.is_updating:
             log.warning("step %d was cut in the middle: it is not in a checkpoint", self.step + 1)
-            return
-        root, config = parts.config.folder / "checkpoints", parts.config.checkpoint
-        if any(read_state(folder)["step"] == self.step for folder in complete_checkpoints(root)[-1:]):
-            return
-        await parts.actor.save(begin_checkpoint(root, self.step))
+            return await parts.checkpoints.finish(parts.actor)
         state = {name: value for name, value in vars(self).items() if name not in ("episodes", "is_updating")}
-        finish_checkpoint(root, self.step, state, config.keep)
+        await parts.checkpoints.save(parts.actor, state, wait)
+
+    async def keep_best(self, parts: Stages, metrics: dict[str, float]) -> None:
+        """Save the last finished step if the evaluation of it was the best so far. `metrics`: by "heldout/accuracy" etc."""
+        if parts.checkpoints.is_best(metrics):
+            await self.save(parts)
+            await parts.checkpoints.mark_best(self.step, metrics)
 
     def finish_step(self, step: int, parts: Stages, num_trajectories: int) -> None:
         self.step, self.weight_version, self.is_updating = step, parts.weight_version, False
         self.num_trajectories += num_trajectories
+        self.algorithm = {parts.config.algorithm_name: parts.algorithm.state()}
         if parts.data.train is not None:
             self.stream = dict(parts.data.train.state())
 

@@ -12,6 +12,7 @@ import yaml
 
 from megatron_agent import cluster, registry
 from megatron_agent.algorithms.base import Algorithm
+from megatron_agent.checkpoints import Checkpoints
 from megatron_agent.config import RunConfig, to_dict
 from megatron_agent.data.dataset import DatasetReport, TaskStream, drop_long_prompts, read_tasks
 from megatron_agent.data.images import ImageStore
@@ -20,6 +21,7 @@ from megatron_agent.models.base import ModelFamily
 from megatron_agent.rollout.pool import EnginePool
 from megatron_agent.rollout.rollouts import Rollouts
 from megatron_agent.training.actor import Actor
+from megatron_agent.training.checkpoint import weight_files
 from megatron_agent.training.layout import megatron_pieces, vllm_pieces
 from megatron_agent.types import ShardCopy, Task
 from megatron_agent.weights.plan import make_plan, to_plain
@@ -45,7 +47,9 @@ def check(config: RunConfig) -> ModelFamily:
     if not config.model.path:
         raise ConfigError("model.path is empty; give the folder of a Hugging Face checkpoint")
     family: ModelFamily = registry.resolve("models", config.model.family)(config.model.path)
+    config.training.layout = family.balanced(config.training.layout)
     family.check(config.training.layout, config.rollout.tensor_parallel)
+    weight_files(family.path)
     return family
 
 
@@ -108,6 +112,9 @@ class Stages:
     plan: list[ShardCopy]
     weight_version: int = 0
 
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.config)
+
     async def sync_weights(self) -> None:
         """Trainer -> engines; every token sampled after it carries the next version."""
         folder = shared_folder()
@@ -115,6 +122,7 @@ class Stages:
             checksums = await self.actor.send_weights(self.plan, folder)
             update = {"folder": str(folder), "checksums": checksums}
             pool = self.rollouts.pool
+            await self.actor.to_host()
             await pool.sync_weights([update] * self.config.rollout.num_engines, self.weight_version + 1)
             self.weight_version += 1
         finally:
@@ -134,7 +142,7 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
     rollouts = Rollouts(pool, renderer, store, reward, config.agent, config.rollout, config.env, config.seed)
     plan = transfer_plan(config, family)
     stages = Stages(config, data, actor, rollouts, algorithm, plan)
-    trainer = asyncio.create_task(actor.set_up(config.model.family, config.model.path, config.seed))
+    trainer = asyncio.create_task(actor.set_up(config.model.family, config.model.path, config.seed, config.vision))
     info = {"plan": to_plain(plan), "dtype": config.training.dtype}
     engines = asyncio.create_task(pool.init_weight_transfer([info] * config.rollout.num_engines))
     return stages, [trainer, engines]
@@ -144,8 +152,7 @@ def transfer_plan(config: RunConfig, family: ModelFamily) -> list[ShardCopy]:
     """What goes from which trainer rank to which vLLM rank; the same for every engine."""
     layout = config.training.layout
     table = family.table(layout, transformer_engine=cluster.num_gpus() > 0)
-    num_layers: int = family.text.num_layers  # type: ignore[attr-defined]
-    sources = [megatron_pieces(table, layout, num_layers, rank) for rank in range(layout.world_size)]
+    sources = [megatron_pieces(table, layout, family.num_layers, rank) for rank in range(layout.world_size)]
     tp = config.rollout.tensor_parallel
     return make_plan(sources, [vllm_pieces(table, tp, rank) for rank in range(tp)])
 

@@ -49,15 +49,17 @@ async def train(config: RunConfig) -> Progress:
                 for step in range(progress.step + 1, config.training.num_steps + 1):
                     with progress.timed("seconds_train"):
                         await one_step(parts, progress, step, boards, stop)
+                        await parts.checkpoints.check(parts.actor)
                         if is_due(step, config.checkpoint.every_steps):
                             await progress.save(parts)
                     if is_due(step, config.evaluation.every_steps) and step < config.training.num_steps:
                         await evaluate_all(parts, progress, "between", boards, stop)
-            except (StopRequested, EngineError):  # the trainer is whole
                 await progress.save(parts)
+                await evaluate_all(parts, progress, "after", boards, stop)
+            except (StopRequested, EngineError):  # the trainer is whole
+                await progress.save(parts, wait=True)
                 raise
-            await progress.save(parts)
-            await evaluate_all(parts, progress, "after", boards, stop)
+            await parts.checkpoints.finish(parts.actor)
             write_report(config, progress, store)
             boards.note(f"done: {config.folder}/summary.json, curves.png, trajectories.html")
         return progress
@@ -77,7 +79,7 @@ async def get_ready(
             await stop.or_done(warm_start(parts, boards), "warm start", boards, beside=engines_ready)
     await parts.actor.reset_optimizer(config.training.lr, config.training.clip_grad)
     if data.warmup:
-        await progress.save(parts)
+        await progress.save(parts, wait=True)  # the engines are still starting
     else:
         await progress.restore(parts)
     with progress.timed("seconds_setup"):
@@ -130,12 +132,15 @@ async def evaluate_all(parts: Stages, progress: Progress, when: str, boards: Boa
     data = parts.data
     kinds = [("heldout", "eval", data.heldout), ("without_tool", "eval_without_tool", data.without_tool)]
     with progress.timed("seconds_evaluation"):
+        found: dict[str, float] = {}
         for name, phase, tasks in kinds[:1] if when == "between" else kinds:
             if tasks:
                 work = evaluate(parts.rollouts, tasks)
                 metrics, trajectories = await stop.or_done(work, f"evaluation on {name}", boards)
                 progress.keep_evaluation(when, name, metrics, trajectories)
                 boards.log(progress.step, metrics, phase=phase)
+                found |= {f"{name}/{metric}": value for metric, value in metrics.items()}
+        await progress.keep_best(parts, found)
 
 
 def main(arguments: list[str]) -> int:

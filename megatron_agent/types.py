@@ -184,6 +184,8 @@ class TrainSample:
     reward: float = 0.0
     has_image_before_T: list[bool] = field(default_factory=list)  # is there a picture from a tool before token t
     old_logprobs_T: list[float] | None = None  # the trainer's own, before the update; None: this update's forward pass
+    values_T: list[float] | None = None  # a critic's estimates, before the update
+    returns_T: list[float] | None = None  # what they should have been
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids_T), len(self.action_mask_T), len(self.rollout_logprobs_T), len(self.advantages_T)}
@@ -223,6 +225,9 @@ class MicroBatch:
     patches_NP: torch.Tensor | None  # float32 [N, channels * temporal * patch * patch]
     grids_I3: torch.Tensor | None  # int64 [I, 3] (time, rows, columns) in patches
     sample_ids: list[int] = field(default_factory=list)  # indices of the samples in the step's list
+    old_values_R: torch.Tensor | None = None  # float32 [R], of a critic
+    returns_R: torch.Tensor | None = None  # float32 [R]
+    temperature: float = 1.0  # at which the targets were sampled: log-probs are of that distribution
 
     @property
     def num_tokens(self) -> int:

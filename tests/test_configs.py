@@ -21,6 +21,9 @@ PARSE_CPU_S = 6.0  # the plan says 3 s; the machine of the tests is shared
 
 def test_there_are_examples():
     assert ROOT / "examples" / "quickstart" / "run.yaml" in CONFIGS
+    assert {path.stem for path in CONFIGS if path.parent.name == "deepeyes"} == {
+        f"qwen2_5_vl_{size}" for size in ("3b", "7b", "32b", "72b")
+    }
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())

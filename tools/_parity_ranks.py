@@ -25,8 +25,9 @@ import torch
 from megatron_agent.balance import split_balanced
 from megatron_agent.errors import CheckpointError, ConfigError
 from megatron_agent.models.mapping import as_index
-from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
+from megatron_agent.models.qwen2 import Qwen2
 from megatron_agent.training.actor import interleavable
+from megatron_agent.training.hf_export import read_family
 from megatron_agent.training.layout import Layout
 from megatron_agent.training.packing import padded_length, plan_microbatches
 from megatron_agent.types import ImageRef, TrainSample
@@ -38,6 +39,11 @@ Picture = tuple[int, int]  # (columns, rows) in merged tokens
 SMALLEST: Picture = (1, 1)
 WIDE: Picture = (21, 1)  # wider than 1:20
 SEVERAL_WINDOWS: Picture = (6, 9)  # windows are four tokens wide and high: two whole ones and parts
+
+
+def family_of(path: Path) -> Qwen2:
+    """The family that the folder's config.json names, read from it. Raises CheckpointError."""
+    return type(read_family(path))(path)  # type: ignore[return-value]  # every family so far is one
 
 
 def pixels(ref: ImageRef) -> np.ndarray:
@@ -53,10 +59,12 @@ def pictures_of_row(row: int, rng: np.random.Generator) -> list[Picture]:
     return [*fixed, *((int(c), int(r)) for c, r in rng.integers(1, 8, (count - len(fixed), 2)))]
 
 
-def make_rows(family: Qwen2_5_VL, ordinary: Sequence[int], around: tuple[int, int], count: int, seed: int) -> list[TrainSample]:
-    """`ordinary`: token ids that text is drawn from; `around`: those before and after a picture's."""
+def make_rows(family: Qwen2, ordinary: Sequence[int], around: tuple, count: int, seed: int) -> list[TrainSample]:
+    """`ordinary`: token ids that text is drawn from; `around`: those before and after a picture's. A text family's rows have
+    the text of several turns and no pictures."""
     rng = np.random.default_rng(seed)
-    side = family.vision.patch_size * family.vision.spatial_merge_size
+    has_pictures = family.image_token_id is not None
+    side = family.vision.patch_size * family.vision.spatial_merge_size if has_pictures else 0
 
     def text(least: int, most: int) -> list[int]:
         return [ordinary[i] for i in rng.integers(0, len(ordinary), int(rng.integers(least, most + 1)))]
@@ -66,8 +74,9 @@ def make_rows(family: Qwen2_5_VL, ordinary: Sequence[int], around: tuple[int, in
         parts: list[tuple[list[int], bool]] = [(text(0, 5), False)]  # some rows begin with their picture
         refs = []
         for index, (columns, rows) in enumerate(pictures_of_row(row, rng)):
-            refs.append(ImageRef(f"{seed}/{row}/{index}", side * columns, side * rows))
-            parts.append(([around[0], *[family.image_token_id] * (columns * rows), around[1]], False))
+            if has_pictures:
+                refs.append(ImageRef(f"{seed}/{row}/{index}", side * columns, side * rows))
+                parts.append(([around[0], *[family.image_token_id] * (columns * rows), around[1]], False))
             parts.append((text(1, 9), index % 2 == 1))  # every other picture is followed by a turn of the model's
         parts += [(text(2, 6), False), (text(6, 24), True)]
         ids = [token for tokens, _ in parts for token in tokens]
@@ -98,13 +107,14 @@ def hf_name(name: str) -> str:
 def run_transformers(path: Path, samples: list[TrainSample], adam_steps: int, gradient_file: Path) -> Reference:
     """Log-probs, gradients of the token-mean cross-entropy (written to `gradient_file`), and torch's AdamW."""
     from safetensors.torch import save_file
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    family = Qwen2_5_VL(path)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    family = family_of(path)
+    model_class = AutoModelForCausalLM if family.image_token_id is None else AutoModelForImageTextToText
+    model = model_class.from_pretrained(path, dtype=torch.float32).eval()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]  # Megatron decays no norms and no biases
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
@@ -125,20 +135,21 @@ def run_transformers(path: Path, samples: list[TrainSample], adam_steps: int, gr
     return Reference(logprobs, losses, gradient_file, peaks)
 
 
-def _forward_backward(model, family: Qwen2_5_VL, samples: list[TrainSample], backward: bool = True):
+def _forward_backward(model, family: Qwen2, samples: list[TrainSample], backward: bool = True):
     """Row by row -> log-probs of the action tokens, token-mean cross-entropy; gradients accumulate."""
     num_tokens = sum(sample.num_action_tokens for sample in samples)
     found, total = [], 0.0
     for sample in samples:
         row = torch.tensor([sample.token_ids_T])
         options = {}
+        if family.image_token_id is not None:
+            options["mm_token_type_ids"] = (row == family.image_token_id).int()
         if sample.images:
             options["pixel_values"] = torch.cat([torch.from_numpy(family.patches(pixels(ref))) for ref in sample.images])
             options["image_grid_thw"] = torch.tensor([family.grid(ref) for ref in sample.images])
         own = torch.tensor(sample.action_mask_T).nonzero()[:, 0]
         with torch.set_grad_enabled(backward):
-            is_image = (row == family.image_token_id).int()
-            logits = model(input_ids=row, mm_token_type_ids=is_image, use_cache=False, **options).logits[0]
+            logits = model(input_ids=row, use_cache=False, **options).logits[0]
             logprobs = logits[own - 1].log_softmax(-1).gather(1, row[0, own, None])[:, 0]
             if backward:
                 (-logprobs.sum() / num_tokens).backward()
@@ -182,7 +193,7 @@ def run_megatron(
     from megatron_agent.training.megatron import MegatronModel
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // layout.world_size))
-    model = MegatronModel(Qwen2_5_VL(path), layout, "float32", seed=0)
+    model = MegatronModel(family_of(path), layout, "float32", seed=0)
     plan = make_plan(samples, layout, packed)[model.at.data]
     num_tokens = sum(sample.num_action_tokens for sample in samples)
 

@@ -1,6 +1,6 @@
 """Speed and memory of tools/convert.py against `cp` of the same files, side by side, on a synthetic Qwen2.5-VL.
 
-    python tools/bench_convert.py [--size-gb 2] [--tp 2] [--pp 2] [--rounds 3] [--folder DIR]
+    python tools/bench_convert.py [--size-gb 2] [--tp 2] [--pp 2] [--rounds 5] [--folder DIR]
 
 Random bytes in the shapes of the 3B model (fewer layers), bfloat16, several shard files. Each round runs cp, both
 conversions and the whole command one after another, so they meet the same disk and the same neighbours; the median of the
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--size-gb", type=float, default=2.0)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where to work: the disk to measure; about 4x the size is needed")
     options = parser.parse_args()

@@ -27,11 +27,7 @@ from megatron_agent.errors import CheckpointError, ConfigError, MegatronAgentErr
 from megatron_agent.training.dist_checkpoint import (
     FORMAT_FILE,
     Chunk,
-    Copy,
     DistCheckpoint,
-    Files,
-    Region,
-    View,
     checkpoint_table,
     plan_chunks,
     write_skeleton,
@@ -51,6 +47,7 @@ from megatron_agent.training.hf_export import (
     written_aside,
 )
 from megatron_agent.training.layout import Layout
+from megatron_agent.training.regions import Copy, Files, Region, View
 
 SPARE_BYTES = 16 << 20  # of a checkpoint's own bookkeeping
 

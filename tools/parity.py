@@ -1,11 +1,12 @@
-"""Is a Hugging Face Qwen2.5-VL checkpoint the same model in Megatron, in every layout? Measured against transformers.
+"""Is a Hugging Face checkpoint the same model in Megatron, in every layout? Measured against transformers.
 
-    python tools/parity.py --hf DIR [--layouts tp2,pp2,tp2pp2,cp2,dp2,tp2sp,tp2cp2sp] [--json FILE]
+    python tools/parity.py --hf DIR [--layouts tp2,pp2,tp2pp2,cp2,vpp2,dp2,tp2sp,tp2cp2sp] [--json FILE]
 
-A layout's name joins degrees: tp2 (tensor), pp2 (pipeline), cp2 (context), dp2 (data parallel), sp (sequence parallel, with
-tp); `one` is a single rank. Each runs on real ranks over gloo, in fp32 on CPU, on rows with no, one and many pictures, once
-packed (several rows a micro-batch) and once with one row a micro-batch. Compared with transformers: the log-prob of every
-action token, the gradient of every tensor, the loss after Adam steps.
+A layout's name joins degrees: tp2 (tensor), pp2 (pipeline), vpp2 (virtual pipeline; of pp2 unless it says pp), cp2 (context),
+dp2 (data parallel), sp (sequence parallel, with tp); `one` is a single rank. Layers are dealt to the stages of a pipeline as
+in a run: by their costs, unevenly. Each layout runs on real ranks over gloo, in fp32 on CPU, on rows with no, one and many
+pictures (none for a text model), once packed (several rows a micro-batch) and once with one row a micro-batch. Compared
+with transformers: the log-prob of every action token, the gradient of every tensor, the loss after Adam steps.
 
 Exit status: 0, 1 past the limits or where a layout fails (it says which), 2 for input that cannot be used.
 """
@@ -37,6 +38,7 @@ from _parity_ranks import (
     RankResult,
     Ranks,
     Reference,
+    family_of,
     in_process,
     make_rows,
     max_of,
@@ -45,7 +47,7 @@ from _parity_ranks import (
 )
 
 from megatron_agent.errors import CheckpointError, ConfigError, MegatronAgentError
-from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL, read_config
+from megatron_agent.models.qwen2 import Qwen2
 from megatron_agent.training.hf_export import HfLayout, check_against_table
 from megatron_agent.training.layout import Layout, megatron_pieces
 from megatron_agent.types import TrainSample
@@ -82,17 +84,19 @@ def parse_layout(name: str) -> Layout:
         if key in options:
             raise ConfigError(f"layout {name!r}: {flag or axis} is given twice")
         options[key] = value
+    if "virtual_pipeline" in options:
+        options.setdefault("pipeline_parallel", 2)
     try:
         return Layout(**options)  # type: ignore[arg-type]
     except ConfigError as error:
         raise ConfigError(f"layout {name!r}: {error}") from error
 
 
-def checked_layouts(names: str, family: Qwen2_5_VL) -> dict[str, Layout]:
-    """Name -> layout. Raises ConfigError for what is no layout, or none of this model."""
+def checked_layouts(names: str, family: Qwen2) -> dict[str, Layout]:
+    """Name -> layout, with its layers dealt to the stages. Raises ConfigError for what is no layout, or none of this model."""
     layouts = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
-        layouts[name] = parse_layout(name)
+        layouts[name] = family.balanced(parse_layout(name))
         try:
             family.check(layouts[name])
         except ConfigError as error:
@@ -102,17 +106,14 @@ def checked_layouts(names: str, family: Qwen2_5_VL) -> dict[str, Layout]:
     return layouts
 
 
-def checked_family(path: Path) -> Qwen2_5_VL:
-    """Raises CheckpointError when the folder is no complete Qwen2.5-VL checkpoint."""
-    try:
-        family = Qwen2_5_VL(path)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: no {error} in it") from error
+def checked_family(path: Path) -> Qwen2:
+    """Raises CheckpointError when the folder is no complete checkpoint of a known family."""
+    family = family_of(path)
     check_against_table(path, HfLayout.of_folder(path).regions(path), family.table(Layout(), transformer_engine=False))
     return family
 
 
-def rows_of(path: Path, family: Qwen2_5_VL, count: int, seed: int) -> list[TrainSample]:
+def rows_of(path: Path, family: Qwen2, count: int, seed: int) -> list[TrainSample]:
     """Text of random tokens of the tokenizer's vocabulary without added ones. Raises CheckpointError without tokenizer.json."""
     from tokenizers import Tokenizer
 
@@ -122,11 +123,9 @@ def rows_of(path: Path, family: Qwen2_5_VL, count: int, seed: int) -> list[Train
     tokenizer = Tokenizer.from_file(str(file))
     ids = set(tokenizer.get_vocab(with_added_tokens=False).values()) - set(tokenizer.get_added_tokens_decoder())
     ordinary = sorted(i for i in ids if i < family.text.vocab_size)
-    config = read_config(path)
-    missing = [key for key in ("vision_start_token_id", "vision_end_token_id") if key not in config]
-    if missing:
-        raise CheckpointError(f"{path / 'config.json'}: no {missing[0]}")
-    around = (config["vision_start_token_id"], config["vision_end_token_id"])
+    around = tuple(family.hf_config.get(f"vision_{side}_token_id") for side in ("start", "end"))
+    if family.image_token_id is not None and None in around:
+        raise CheckpointError(f"{path / 'config.json'}: no vision_start_token_id or no vision_end_token_id")
     return make_rows(family, ordinary, around, count, seed)
 
 
@@ -144,6 +143,7 @@ class Outcome:
     layout: str
     packed: bool
     world_size: int
+    stage_layers: tuple[int, ...]
     num_microbatches: int
     logprob_max: float
     logprob_mean: float
@@ -205,6 +205,7 @@ def compare(name: str, layout: Layout, packed: bool, results: Sequence[RankResul
         layout=name,
         packed=packed,
         world_size=layout.world_size,
+        stage_layers=layout.stage_layers,
         num_microbatches=max(result.num_microbatches for result in results),
         logprob_max=float(gaps.max()),
         logprob_mean=float(gaps.mean()),
@@ -217,13 +218,13 @@ def compare(name: str, layout: Layout, packed: bool, results: Sequence[RankResul
     )
 
 
-def not_covered(family: Qwen2_5_VL, layout: Layout) -> list[str]:
+def not_covered(family: Qwen2, layout: Layout) -> list[str]:
     """HF tensors of which some part lies on no rank: the comparison of the ranks' parts would pass over it."""
     table = family.table(layout, transformer_engine=False)
     boxes = {
         (piece.hf_name, piece.hf_slice)
         for rank in range(layout.world_size)
-        for piece in megatron_pieces(table, layout, family.text.num_layers, rank)
+        for piece in megatron_pieces(table, layout, family.num_layers, rank)
     }
     covered: dict[str, int] = {}
     for tensor, box in boxes:
@@ -328,7 +329,7 @@ def say(text: str) -> None:
 
 
 def run_layouts(
-    options: argparse.Namespace, family: Qwen2_5_VL, layouts: dict[str, Layout], samples: list[TrainSample], ranks: Ranks
+    options: argparse.Namespace, family: Qwen2, layouts: dict[str, Layout], samples: list[TrainSample], ranks: Ranks
 ) -> tuple[Reference, list[Outcome], list[str]]:
     """-> transformers' numbers, those of every layout, and what failed to run."""
     with tempfile.TemporaryDirectory() as folder:
@@ -398,7 +399,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Qwen2.5-VL folder")
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument("--layouts", default=DEFAULT_LAYOUTS, help="comma-separated (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
     parser.add_argument("--rows", type=int, default=12, help="default: %(default)s")

@@ -23,6 +23,13 @@ class Algorithm(ABC):
     def __init__(self, config: Any = None) -> None:
         self.config: Any = config or self.Config()
 
+    def state(self) -> dict[str, Any]:
+        """What must survive a restart (a KL controller's coefficient, ...), as JSON. Taken after every step."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 (most algorithms have none)
+        """The inverse of `state`, called before the first step of a run that goes on."""
+
     @abstractmethod
     def advantages(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         """One list [T] per sample, zero wherever `action_mask_T` is False."""

@@ -37,6 +37,17 @@ class ModelFamily(ABC):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    @property
+    @abstractmethod
+    def num_layers(self) -> int:
+        """Decoder layers of the whole model."""
+
+    def balanced(self, layout: Layout) -> Layout:
+        """The layout with its decoder layers dealt to the pipeline's stages by cost, unless it says how itself."""
+        if layout.num_chunks == 1 or layout.stage_layers:
+            return layout
+        return layout.with_costs(self.num_layers, *self.stage_costs(layout))
+
     @abstractmethod
     def check(self, layout: Layout, rollout_tensor_parallel: int = 1) -> None:
         """Raise ConfigError when the model cannot be laid out so on either side (heads, layers against degrees)."""
@@ -46,14 +57,21 @@ class ModelFamily(ABC):
         """Hugging Face config -> Megatron's."""
 
     @abstractmethod
-    def build(self, config: TransformerConfig, stage: StageSpec, chunk: int | None = None) -> torch.nn.Module:
-        """The model of one stage, or of `chunk` of a virtual pipeline.
+    def stage_costs(self, layout: Layout) -> tuple[float, float]:
+        """What the first and the last stage carry besides decoder layers, in layers (time of a typical row)."""
 
-        forward(MicroBatch) -> hidden states or, on the last stage, logits of the targets.
+    @abstractmethod
+    def build(
+        self, config: TransformerConfig, stage: StageSpec, chunk: int | None = None, head: str = "policy"
+    ) -> torch.nn.Module:
+        """The model of one stage, or of `chunk` of a virtual pipeline. `head`: "policy", or "value" for a critic.
+
+        forward(MicroBatch) -> hidden states or, on the last stage, log-probs and entropy [2, R] of the targets (values
+        [R] of a critic). Its tower for pictures, if any, is called `visual`.
         """
 
     @abstractmethod
-    def table(self, layout: Layout, transformer_engine: bool) -> list[Entry]:
+    def table(self, layout: Layout, transformer_engine: bool, head: str = "policy") -> list[Entry]:
         """The mapping table. `transformer_engine`: Megatron's layers are TE's (fused norms), not the local ones."""
 
     @abstractmethod

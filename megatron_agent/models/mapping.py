@@ -15,6 +15,7 @@ from typing import Protocol
 from megatron_agent.types import Slices
 
 Shape = tuple[int, ...]
+VALUE_HEAD = "value_head.weight"  # a critic's last layer, which a policy's checkpoint lacks: it starts at zero
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class Split:
             _refuse_remainder("a dimension", length, size)
             return length
         multiple = self.pad_to_multiple_of * (size if self.scale_multiple_by_size else 1)
-        return -(-length // multiple) * multiple
+        padded = -(-length // multiple) * multiple
+        _refuse_remainder("a padded vocabulary", padded, size)
+        return padded
 
     def boxes(self, shape: Shape, rank: int, size: int) -> list[tuple[Slices, Slices]]:
         per_rank = self.padded(shape[self.dim], size) // size
@@ -106,7 +109,8 @@ class Heads:
     """Q, K and V of grouped-query attention: where `part` ("q", "k" or "v") of a fused parameter lies.
 
     `interleaved`: Megatron's order, one block [q heads of the group, k, v] per KV head; else vLLM's [all q, all k, all
-    v]. With more ranks than KV heads each KV head is held by size / num_kv_heads ranks.
+    v]. With more ranks than KV heads vLLM holds each KV head on size / num_kv_heads ranks; Megatron cuts the rows of its
+    order evenly, wherever that falls, and gathers the activations (attention.py, get_query_key_value_tensors).
     `fused_hf`: the HF tensor is itself [all q, all k, all v] (the vision tower).
     """
 
@@ -122,6 +126,8 @@ class Heads:
         _refuse_remainder("a number of heads", heads, size)
         if size % kv_heads:  # else each KV head lies on size / kv_heads ranks
             _refuse_remainder("a number of KV heads", kv_heads, size)
+        if self.interleaved and size > kv_heads:
+            return self._even_rows(shape, rank, size)
         local_heads, local_kv = heads // size, max(1, kv_heads // size)
         first_kv = rank * kv_heads // size
         ratio = local_heads // local_kv  # q heads beside one k in this rank's blocks
@@ -137,6 +143,18 @@ class Heads:
                 target = block * (ratio + 2) + ratio + after_q if self.interleaved else local_heads + after_q * local_kv + block
             start = (base + source) * d
             boxes.append(_rows(shape, (start, start + count * d), (target * d, (target + count) * d)))
+        return boxes
+
+    def _even_rows(self, shape: Shape, rank: int, size: int) -> list[tuple[Slices, Slices]]:
+        """The boxes of one rank's share of rows in Megatron's order of a single rank."""
+        per_rank = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim // size
+        boxes = []
+        for hf, whole in self.boxes(shape, 0, 1):
+            (first, _), (start, stop) = hf[0], whole[0]
+            low, high = max(start, rank * per_rank), min(stop, (rank + 1) * per_rank)
+            if low < high:
+                rows = (first + low - start, first + high - start)
+                boxes.append(_rows(shape, rows, (low - rank * per_rank, high - rank * per_rank)))
         return boxes
 
 

@@ -106,7 +106,7 @@ class Engine:
         from transformers import AutoConfig
 
         self.model_path, self.config, self.store = model_path, config, store
-        self.image_pad_id = int(AutoConfig.from_pretrained(model_path).image_token_id)
+        self.image_pad_id: int | None = getattr(AutoConfig.from_pretrained(model_path), "image_token_id", None)
         self._request_ids = itertools.count()
         self._num_requests = self._num_tokens = self._num_prompt_tokens = self._num_cached_tokens = 0
         self._seed, self._max_images = seed, max_images
@@ -306,7 +306,7 @@ def set_environment(config: RolloutConfig) -> None:
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
-def _collapse(row: Sequence[int], image_pad_id: int) -> list[int]:
+def _collapse(row: Sequence[int], image_pad_id: int | None) -> list[int]:
     from megatron_agent.models.renderer import collapse_runs
 
-    return collapse_runs(row, image_pad_id)
+    return list(row) if image_pad_id is None else collapse_runs(row, image_pad_id)

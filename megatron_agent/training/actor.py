@@ -16,6 +16,7 @@ from megatron_agent.types import ShardCopy, TrainSample
 
 if TYPE_CHECKING:
     from megatron_agent.algorithms.base import Algorithm
+    from megatron_agent.training.critic import ValueObjective
     from megatron_agent.training.loss import LossStats
 
 
@@ -29,7 +30,11 @@ class TrainingConfig:
     context_parallel: int = 1
     virtual_pipeline: int = 1
     sequence_parallel: bool = False
+    stage_layers: list[int] = field(default_factory=list)  # layers of every stage (of every chunk with a virtual pipeline,
+    # in the model's order); empty: dealt so that the stage with the vision tower and that with the head take fewer
     recompute: str = "none"  # activations recomputed in the backward pass: none, selective (attention), full (layers)
+    offload: str = "none"  # to host memory while the engines work: none, optimizer (with gradients), all (parameters too)
+    frozen: str = ""  # what gets no gradient: nothing, "vision" (the tower), "language" (all but the tower)
     num_steps: int = 100
     prompts_per_step: int = 32
     minibatches_per_step: int = 1
@@ -38,6 +43,8 @@ class TrainingConfig:
     num_cpu_threads: int = 1
     lr: float = 1e-6
     warmup_steps: int = 0
+    lr_schedule: str = "constant"  # after the warm-up, to num_steps: constant, linear, cosine
+    min_lr_fraction: float = 0.0  # of lr, where linear and cosine end
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip_grad: float = 1.0
@@ -51,9 +58,18 @@ class TrainingConfig:
             self.context_parallel,
             self.sequence_parallel,
             self.virtual_pipeline,
+            tuple(self.stage_layers),
         )
         if self.recompute not in ("none", "selective", "full"):
             raise ConfigError(f"training.recompute={self.recompute!r}; allowed: none, selective, full")
+        if self.offload not in ("none", "optimizer", "all"):
+            raise ConfigError(f"training.offload={self.offload!r}; allowed: none, optimizer, all")
+        if self.frozen not in ("", "vision", "language"):
+            raise ConfigError(f"training.frozen={self.frozen!r}; allowed: '' (nothing), vision, language")
+        if self.lr_schedule not in ("constant", "linear", "cosine"):
+            raise ConfigError(f"training.lr_schedule={self.lr_schedule!r}; allowed: constant, linear, cosine")
+        if not 0 <= self.min_lr_fraction <= 1:
+            raise ConfigError(f"training.min_lr_fraction={self.min_lr_fraction} must lie between 0 and 1")
         for name in ("num_steps", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"training.{name}={getattr(self, name)} must be 0 or more")
@@ -68,8 +84,27 @@ class TrainingConfig:
             raise ConfigError(f"training.lr={self.lr} must be above 0, training.clip_grad={self.clip_grad} 0 (off) or more")
 
     def lr_at(self, step: int) -> float:
-        """Rate of update `step`, counted from 1: linear warm-up, then constant."""
-        return self.lr * min(1.0, step / self.warmup_steps) if self.warmup_steps else self.lr
+        """Rate of step `step`, counted from 1: linear warm-up, then `lr_schedule` down to `min_lr_fraction` at the last."""
+        if step < self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        if self.lr_schedule == "constant":
+            return self.lr
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps))
+        left = 1 - done if self.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.lr * (self.min_lr_fraction + (1 - self.min_lr_fraction) * left)
+
+
+@dataclass
+class VisionSection:
+    """How the vision tower is trained. `lr` 0: training.lr; else its own rate, on the same schedule (in the warm start,
+    in the same proportion). `replicate`: every tensor and context rank encodes all pictures, instead of some of them."""
+
+    lr: float = 0.0
+    replicate: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lr < math.inf:
+            raise ConfigError(f"vision.lr={self.lr} must be 0 (that of training) or more; to freeze the tower: training.frozen")
 
 
 class Actor:
@@ -79,15 +114,33 @@ class Actor:
     the run. Raises TrainingError naming the rank.
     """
 
+    head = "policy"
+
     def __init__(self, workers: Sequence[Any], config: TrainingConfig) -> None:
         self.workers, self.config, self.layout = list(workers), config, config.layout
 
-    async def set_up(self, family: str, model_path: str, seed: int) -> None:
+    async def set_up(self, family: str, model_path: str, seed: int, vision: VisionSection) -> None:
         address = await self.workers[0].address.remote()
-        await self._all("set_up", address, family, model_path, self.config.dtype, self.config.recompute, seed)
+        options = {
+            "dtype": self.config.dtype,
+            "seed": seed,
+            "head": self.head,
+            "recompute": self.config.recompute,
+            "frozen": self.config.frozen,
+            "replicate_vision": vision.replicate,
+        }
+        self.vision_lr_scale = vision.lr / self.config.lr if vision.lr else 1.0
+        await self._all("set_up", address, family, model_path, options, self.config.offload)
 
     async def reset_optimizer(self, lr: float, clip_grad: float) -> None:
-        await self._all("reset_optimizer", lr, self.config.weight_decay, tuple(self.config.betas), clip_grad)
+        options = {
+            "lr": lr,
+            "weight_decay": self.config.weight_decay,
+            "betas": tuple(self.config.betas),
+            "clip_grad": clip_grad,
+            "vision_lr_scale": self.vision_lr_scale,
+        }
+        await self._all("reset_optimizer", **options)
 
     async def update(
         self, samples: list[TrainSample], algorithm: Algorithm, lr: float, num_minibatches: int = 1, temperature: float = 1.0
@@ -98,42 +151,71 @@ class Actor:
         with more they are computed first, under the weights before the first. `temperature` is the one that was sampled
         at: log-probs are of that distribution. No samples: nothing happens.
         """
+        if not samples:
+            return {}
+        await self.to_device()
+        gap: LossStats | None = None
+        if num_minibatches > 1:
+            gap = await self._fill_old_logprobs(samples, temperature)
+        total, grad_norm = await self._take_steps(samples, algorithm, lr, num_minibatches, temperature)
+        metrics = total.means()
+        if gap is not None:
+            metrics |= gap.means()
+        num_tokens = sum(sample.num_tokens for sample in samples)
+        return metrics | {"grad_norm": grad_norm, "lr": lr, "train_tokens": float(num_tokens)}
+
+    async def _take_steps(
+        self,
+        samples: list[TrainSample],
+        algorithm: Algorithm | ValueObjective,
+        lr: float,
+        num_minibatches: int,
+        temperature: float,
+    ) -> tuple[LossStats, float]:
+        """-> statistics of all action tokens, mean gradient norm of the steps."""
         import ray
 
         from megatron_agent.training.loss import LossStats
 
-        if not samples:
-            return {}
-        gap: LossStats | None = None
-        if num_minibatches > 1:
-            gap = await self._fill_old_logprobs(samples, temperature)
         total, norms = LossStats(), []
         for part in minibatches(samples, num_minibatches):
             plan = self._plan(part)
             tokens = sum(sample.num_action_tokens for sample in part)
             results = await self._all("update", ray.put(part), plan, algorithm, tokens, lr, temperature)
             for stats, _ in results:
-                if stats is not None:
-                    total.merge(stats)
+                total.merge(stats)
             norms.append(results[0][1])
-        metrics = total.means()
-        if gap is not None:
-            metrics |= gap.means()
-        num_tokens = sum(sample.num_tokens for sample in samples)
-        return metrics | {"grad_norm": sum(norms) / len(norms), "lr": lr, "train_tokens": float(num_tokens)}
+        return total, sum(norms) / len(norms)
+
+    async def to_device(self) -> None:
+        """What is offloaded comes back, for several calls that need it (each fetches what it needs itself)."""
+        if self.config.offload != "none":
+            await self._all("to_device")
+
+    async def to_host(self) -> None:
+        """Leave the device to the engines, as far as `training.offload` says."""
+        if self.config.offload != "none":
+            await self._all("to_host")
 
     async def _fill_old_logprobs(self, samples: list[TrainSample], temperature: float) -> LossStats:
+        found, gap = await self._per_token(samples, temperature)
+        for index, logprobs_T in found.items():
+            samples[index].old_logprobs_T = logprobs_T
+        return gap
+
+    async def _per_token(self, samples: list[TrainSample], temperature: float) -> tuple[dict[int, list[float]], LossStats]:
+        """Sample index -> what the model says of each action token, 0 elsewhere [T]; and the ranks' statistics."""
         import ray
 
         from megatron_agent.training.loss import LossStats
 
-        gap = LossStats()
-        for found, stats in await self._all("logprobs", ray.put(samples), self._plan(samples), temperature):
-            gap.merge(stats)
+        stats, rows = LossStats(), {}
+        for found, of_rank in await self._all("logprobs", ray.put(samples), self._plan(samples), temperature):
+            stats.merge(of_rank)
             for index, values in found.items():
                 of_actions = iter(values)
-                samples[index].old_logprobs_T = [next(of_actions) if own else 0.0 for own in samples[index].action_mask_T]
-        return gap
+                rows[index] = [next(of_actions) if own else 0.0 for own in samples[index].action_mask_T]
+        return rows, stats
 
     def _plan(self, samples: list[TrainSample]) -> list[list[list[int]]]:
         from megatron_agent.training.packing import padded_length, plan_microbatches
@@ -153,13 +235,22 @@ class Actor:
         return [next(of_rank[copy.src_rank]) for copy in plan]
 
     async def save(self, folder: Path) -> None:
+        """Every rank copies its state; its files and part (snapshot.py) in `folder` follow while it works on."""
         await self._all("save", str(folder.absolute()))
+
+    async def check_save(self) -> None:
+        """Raises CheckpointError if a rank could not write."""
+        await self._all("check_save")
+
+    async def finish_save(self) -> None:
+        """Until every rank has written its part. Raises CheckpointError."""
+        await self._all("finish_save")
 
     async def load(self, folder: Path) -> None:
         await self._all("load", str(folder.absolute()))
 
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
+    async def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
+        calls = [getattr(worker, method).remote(*arguments, **options) for worker in self.workers]
         return list(await asyncio.gather(*(self._one(rank, call) for rank, call in enumerate(calls))))
 
     async def _one(self, rank: int, call: Awaitable[Any]) -> Any:

@@ -1,29 +1,35 @@
-"""Reading Hugging Face shards into a rank's parameters; saving and loading training checkpoints.
+"""Reading Hugging Face shards into a rank's parameters; the life of training checkpoints, and loading them.
 
-A training checkpoint is a folder `step_00000010/` with Megatron's distributed checkpoint (weights, optimizer) and
-`state.json` (step, data order, weight version). It is written under another name and renamed: what bears the final
-name is complete.
+A training checkpoint is a folder `step_00000010/` with Megatron's distributed checkpoint (weights, optimizer), every
+rank's random state, `state.json` (step, data order, weight version, ...), `CHECKSUMS` of all that, and in `hf/` how the
+model's Hugging Face folder was laid out. It is written under another name and renamed: what bears the final name is
+complete. snapshot.py writes it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_agent.errors import CheckpointError
-from megatron_agent.models.mapping import Entry, Piece, Split, as_index
+from megatron_agent.models.mapping import VALUE_HEAD, Entry, Piece, Split, as_index
+from megatron_agent.training.checksums import Checked, first_problem, read_checksums, share, verify_file, write_checksums
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron_agent.training.dist_checkpoint import DistCheckpoint
     from megatron_agent.training.megatron import MegatronModel
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 STATE_FILE = "state.json"
 
 
@@ -43,6 +49,8 @@ def weight_files(path: Path) -> dict[str, Path]:
     for file in sorted(path.glob("*.safetensors")):
         with open_safetensors(file) as reader:
             names.update(dict.fromkeys(reader.keys(), file))
+    if not names:
+        raise CheckpointError(f"{path}: no tensor in *.safetensors files beside config.json")
     return names
 
 
@@ -74,6 +82,8 @@ def load_hf_shards(module: torch.nn.Module, pieces: list[Piece], path: Path, tab
         raise CheckpointError(f"no weight rule fills parameters {sorted(unfilled)[:3]}")
     by_file: dict[Path, list[Piece]] = defaultdict(list)
     for piece in pieces:
+        if piece.hf_name == VALUE_HEAD and VALUE_HEAD not in files:
+            continue
         if piece.hf_name not in files:
             raise CheckpointError(f"{path}: tensor {piece.hf_name!r} is missing")
         by_file[files[piece.hf_name]].append(piece)
@@ -128,67 +138,146 @@ def drop_checkpoint(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)  # what stays is removed before the next checkpoint
 
 
-def finish_checkpoint(root: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Give the folder its final name and drop the oldest ones beyond `keep`."""
+def finish_checkpoint(root: Path, step: int, state: dict[str, Any], tensors: Sequence[Checked] = ()) -> Path:
+    """Complete the folder with its state and checksums (`tensors`: assemble's) and give it its final name."""
+    from megatron_agent.training.hf_export import sync
+
     aside, final = root / f".{step_folder(root, step).name}.partial", step_folder(root, step)
-    with open(aside / STATE_FILE, "w") as file:
-        json.dump(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    (aside / STATE_FILE).write_text(json.dumps(state))
+    write_checksums(aside, tensors)
+    sync([*aside.rglob("*"), aside])
     if final.exists():
         drop_checkpoint(final)
     os.replace(aside, final)
-    folder = os.open(root, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-    for old in complete_checkpoints(root)[:-keep] if keep else []:
-        drop_checkpoint(old)
+    sync([root])
     return final
 
 
+def drop_old(root: Path, keep: int, best: str = "") -> None:
+    """Delete all but the newest `keep` checkpoints (0: none is deleted) and the one named `best`."""
+    for old in complete_checkpoints(root)[:-keep] if keep else []:
+        if old.name != best:
+            drop_checkpoint(old)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
+    """What `finish_checkpoint` was given. Raises CheckpointError when it is not what was written."""
+    verify_file(folder, STATE_FILE)
     return json.loads((folder / STATE_FILE).read_text())
 
 
-def _metadata() -> dict[str, Any]:
-    from megatron.core import parallel_state
-
-    # The default sharding type fails on save in megatron-core 0.16.1; this one also loads into another layout.
-    return {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "distrib_optim_sharding_type": "fully_reshardable",
-    }
-
-
-def _sharded_state(model: MegatronModel, is_loading: bool) -> dict[str, Any]:
-    metadata = _metadata()
-    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in model.chunks]
-    weights = states[0] if len(states) == 1 else {f"chunk{i}": state for i, state in enumerate(states)}
-    optimizer = model.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
-    return {"model": weights, "optimizer": optimizer}
-
-
 def save_megatron(model: MegatronModel, folder: Path) -> None:
-    """Weights and optimizer of all ranks into `folder` (Megatron dist_checkpointing). Collective."""
-    from megatron.core import dist_checkpointing
+    """Weights, optimizer and random states of all ranks into `folder`, with checksums. Collective; waits for the files."""
+    import torch.distributed as dist
 
-    for optimizer in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
-        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)  # zeros where no step was taken yet
-    dist_checkpointing.save(_sharded_state(model, is_loading=False), str(folder))
+    from megatron_agent.training.snapshot import Saver, assemble
+
+    saver = Saver(model)
+    saver.start(folder)
+    saver.wait()
+    dist.barrier()
+    if model.rank == 0:
+        write_checksums(folder, assemble(folder, dist.get_world_size()))
+    dist.barrier()
 
 
 def load_megatron(model: MegatronModel, folder: Path) -> None:
-    """The inverse of `save_megatron`, into this layout; also of a folder that tools/convert.py wrote. Collective."""
+    """What `save_megatron` or a run saved, into this layout; also a folder that tools/convert.py wrote. Collective.
+
+    Raises CheckpointError on every rank, before anything of the model changed: bytes that are not those that were
+    written, files that are missing, tensors that are not this model's.
+    """
     import torch
     from megatron.core import dist_checkpointing
 
-    from megatron_agent.training.dist_checkpoint import DistCheckpoint, load_weights
+    from megatron_agent.training.dist_checkpoint import DistCheckpoint
+    from megatron_agent.training.optimizer_state import MASTERS, optimizer_boxes, set_optimizer_step
+    from megatron_agent.training.rng import load_random_state
+    from megatron_agent.training.snapshot import STEP_KEY, sharded_weights
 
-    if not DistCheckpoint(folder).has_optimizer:  # converted from a Hugging Face checkpoint
+    _on_all_ranks(lambda: verified(folder, model.rank, model.layout.world_size))
+    checkpoint = _on_all_ranks(lambda: DistCheckpoint(folder))
+    weights = sharded_weights(model)
+    if not checkpoint.has_optimizer:  # converted from a Hugging Face checkpoint
+        check_keys(model, checkpoint, weights)
         return load_weights(model, folder)
     with torch.no_grad():
-        state = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(folder))
+        has_masters = any(key.startswith(MASTERS) for key in checkpoint.metadata.state_dict_metadata)
+        state = {"model": weights, "optimizer": optimizer_boxes(model, weights, has_masters)}
+        check_keys(model, checkpoint, state)
+        # The optimizer's boxes are views of its tensors: they are read in place.
+        loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
         for index, chunk in enumerate(model.chunks):
-            weights = state["model"] if len(model.chunks) == 1 else state["model"][f"chunk{index}"]
-            chunk.load_state_dict(weights, strict=False)
-        model.optimizer.load_state_dict(state["optimizer"])
+            chunk.load_state_dict(loaded["model"][f"chunk{index}"], strict=False)
+        set_optimizer_step(model, loaded[STEP_KEY])
+    if not has_masters:
+        model.optimizer.reload_model_params()
+    load_random_state(model, folder, read_state(folder)["step"] if (folder / STATE_FILE).is_file() else 0)
+
+
+def load_weights(model: MegatronModel, folder: Path) -> None:
+    """Weights without an optimizer's state (tools/convert.py writes such folders) into this layout. Collective.
+
+    A critic may start from a policy's: its value head stays as it is."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from megatron_agent.training.dist_checkpoint import DistCheckpoint
+    from megatron_agent.training.snapshot import sharded_weights
+
+    wanted = sharded_weights(model)
+    if VALUE_HEAD not in DistCheckpoint(folder).tensors:
+        wanted = {chunk: {name: part for name, part in state.items() if name != VALUE_HEAD} for chunk, state in wanted.items()}
+    with torch.no_grad():
+        loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+        for index, chunk in enumerate(model.chunks):
+            chunk.load_state_dict(loaded[f"chunk{index}"], strict=False)
+    model.optimizer.reload_model_params()
+
+
+def verified(folder: Path, rank: int, num_ranks: int) -> Path:
+    """`folder`, of which this rank has compared its share with the checksums. Raises CheckpointError."""
+    items, unchecked = read_checksums(folder)
+    if unchecked and rank == 0:
+        log.warning("%s: its tensors have no checksums: %s", folder, unchecked)
+    if problem := first_problem(folder, share(items, rank, num_ranks)):
+        raise CheckpointError(problem)
+    return folder
+
+
+def check_keys(model: MegatronModel, checkpoint: DistCheckpoint, state: dict[str, Any]) -> None:
+    """Raises CheckpointError on every rank when the tensors in `state` are not those of the checkpoint. Collective."""
+    import torch.distributed as dist
+
+    from megatron_agent.training.optimizer_state import wanted_shapes
+
+    stored = {key: tuple(value.size) for key, value in checkpoint.tensors.items()}
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, wanted_shapes(state))
+    wanted = {key: shape for rank in everyones for key, shape in rank.items()}
+    problems = [f"{key!r} has shape {list(stored[key])}, this model's has {list(shape)}"
+                for key, shape in wanted.items() if shape is not None and stored.get(key, shape) != shape]  # fmt: skip
+    problems += [f"{key!r} is missing" for key in wanted if key not in stored]
+    problems += [f"{key!r} is not of this model" for key in checkpoint.keys if key not in wanted]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a checkpoint of another model, or of one with other frozen parts: {problems[0]} "
+            f"({len(problems)} such); give the model.path that it was trained from, or another run name"
+        )
+
+
+def _on_all_ranks(work: Callable[[], T]) -> T:
+    """The result of `work`. Raises the first rank's CheckpointError on all of them: none goes on alone. Collective."""
+    import torch.distributed as dist
+
+    result, problem = None, None
+    try:
+        result = work()
+    except CheckpointError as error:
+        problem = str(error)
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if first := next((text for text in problems if text), None):
+        raise CheckpointError(first)
+    assert result is not None
+    return result

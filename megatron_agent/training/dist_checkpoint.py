@@ -8,17 +8,15 @@ key every tensor lies as on one tensor-parallel rank. So the place of a Hugging 
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
@@ -31,145 +29,15 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_agent.errors import CheckpointError
 from megatron_agent.models.base import ModelFamily
-from megatron_agent.models.mapping import Entry, Shape, Split, as_index, overlap, shifted, volume
+from megatron_agent.models.mapping import Entry, Shape, Split, overlap, shifted, volume
+from megatron_agent.training.checksums import write_checksums
 from megatron_agent.training.layout import Layout, holds
+from megatron_agent.training.regions import Copy, Region, View, whole_box
 from megatron_agent.types import Slices
 
-if TYPE_CHECKING:
-    from megatron_agent.training.megatron import MegatronModel
-
-BLOCK_BYTES = 2 << 20  # of a tensor in memory at a time
-KERNEL_COPY_BYTES = 32 << 20  # between two steps of the progress bar
 FORMAT_FILE, COMMON_FILE = "metadata.json", "common.pt"
+FORMAT = dict(sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1)
 OPTIMIZER_PREFIX = "optimizer."
-
-
-@dataclass(frozen=True)
-class Region:
-    """A contiguous tensor of at least one dimension within a file."""
-
-    file: Path
-    offset: int
-    shape: Shape
-    dtype: torch.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        return prod(self.shape[1:]) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Copy:
-    """`target[target_slice]` of some tensor is `source[source_slice]`; equal shapes."""
-
-    source: Region
-    source_slice: Slices
-    target_slice: Slices
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor put together from regions of files."""
-
-    shape: Shape
-    dtype: torch.dtype
-    copies: tuple[Copy, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows of about BLOCK_BYTES."""
-        rows = max(1, BLOCK_BYTES // (self.num_bytes // self.shape[0]))
-        for start in range(0, self.shape[0], rows):
-            yield start, min(start + rows, self.shape[0])
-
-
-@dataclass
-class Files:
-    """Open files, read and written at positions (any thread)."""
-
-    descriptors: dict[Path, int] = field(default_factory=dict)
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.descriptors.values():
-            os.close(descriptor)
-        self.descriptors.clear()
-
-    def open(self, files: Iterable[Path], writable: bool = False) -> None:
-        for file in files:
-            if file not in self.descriptors:
-                self.descriptors[file] = os.open(file, os.O_RDWR if writable else os.O_RDONLY)
-
-    def read(self, view: View, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a view, in its dtype."""
-        block = torch.empty((stop - start, *view.shape[1:]), dtype=view.dtype)
-        for copy in view.copies:
-            begin, end = copy.target_slice[0]
-            first, last = max(begin, start), min(end, stop)
-            if first < last:
-                shift = copy.source_slice[0][0] - begin
-                into = block[(slice(first - start, last - start), *as_index(copy.target_slice[1:]))]
-                self._read_rows(copy.source, first + shift, last + shift, copy.source_slice[1:], into)
-        return block
-
-    def _read_rows(self, source: Region, start: int, stop: int, columns: Slices, into: torch.Tensor) -> None:
-        whole = source.dtype == into.dtype and into.is_contiguous() and columns == _whole(source.shape[1:])
-        rows = into if whole else torch.empty((stop - start, *source.shape[1:]), dtype=source.dtype)
-        view, at = memoryview(_bytes_of(rows)), source.offset + start * source.row_bytes
-        while view:
-            count = os.preadv(self.descriptors[source.file], [view], at)
-            if not count:
-                raise CheckpointError(f"{source.file}: the file ends before the tensors that it should hold")
-            view, at = view[count:], at + count
-        if not whole:
-            into.copy_(rows[(slice(None), *as_index(columns))])
-
-    def write(self, target: Region, start: int, block: torch.Tensor) -> None:
-        view, at = memoryview(_bytes_of(block)), target.offset + start * target.row_bytes
-        while view:
-            count = os.pwrite(self.descriptors[target.file], view, at)
-            view, at = view[count:], at + count
-
-    def copy_rows(self, target: Region, copy: Copy) -> Iterator[int]:
-        """A copy of whole rows by the kernel, in steps whose sizes in bytes are yielded."""
-        source, (start, stop), (into, _) = copy.source, copy.source_slice[0], copy.target_slice[0]
-        left = (stop - start) * source.row_bytes
-        at, to = source.offset + start * source.row_bytes, target.offset + into * target.row_bytes
-        descriptors = self.descriptors[source.file], self.descriptors[target.file]
-        while left:
-            try:
-                count = os.copy_file_range(*descriptors, min(left, KERNEL_COPY_BYTES), at, to)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                # Not between these two file systems.
-                count = os.pwrite(descriptors[1], os.pread(descriptors[0], min(left, BLOCK_BYTES), at), to)
-            if not count:
-                raise CheckpointError(f"{source.file}: the file ends before the tensors that it should hold")
-            at, to, left = at + count, to + count, left - count
-            yield count
-
-
-def is_whole_rows(target: Region, copy: Copy) -> bool:
-    source, rest = copy.source, copy.source_slice[1:]
-    return (
-        source.dtype == target.dtype
-        and source.shape[1:] == target.shape[1:]
-        and rest == copy.target_slice[1:] == _whole(source.shape[1:])
-    )
-
-
-def _bytes_of(tensor: torch.Tensor):
-    return tensor.flatten().view(torch.uint8).numpy()
-
-
-def _whole(shape: Shape) -> Slices:
-    return tuple((0, n) for n in shape)
 
 
 def bounding(boxes: Sequence[Slices]) -> Slices:
@@ -275,8 +143,8 @@ def write_skeleton(folder: Path, chunks: Sequence[Chunk], dtypes: dict[str, torc
     results = [_write_holes(folder / f"__{rank}_0.distcp", plan.items) for rank, plan in enumerate(plans)]
     FileSystemWriter(folder).finish(metadata, results)
     torch.save({}, folder / COMMON_FILE)
-    versions = dict(sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1)
-    (folder / FORMAT_FILE).write_text(json.dumps(versions))
+    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
+    write_checksums(folder, [], unchecked="copied from file to file; `tools/convert.py verify` compares them with the source")
     checkpoint = DistCheckpoint(folder)
     return [checkpoint.region(chunk.key, torch.Size(chunk.offsets), chunk.layer) for chunk in chunks]
 
@@ -321,9 +189,9 @@ class DistCheckpoint:
             raise CheckpointError(f"{folder}: damaged {FORMAT_FILE} or .metadata: {error!r}") from error
         if backend != "torch_dist":
             raise CheckpointError(f"{folder}: format {backend!r}, only 'torch_dist' can be read")
-        tensors = {k: v for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, KeyMetadata)}
-        self.has_optimizer = any(key.startswith(OPTIMIZER_PREFIX) for key in tensors)
-        self.keys = {k: v for k, v in tensors.items() if not k.startswith(OPTIMIZER_PREFIX)}
+        self.tensors = {k: v for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, KeyMetadata)}
+        self.has_optimizer = any(key.startswith(OPTIMIZER_PREFIX) for key in self.tensors)
+        self.keys = {k: v for k, v in self.tensors.items() if not k.startswith(OPTIMIZER_PREFIX)}
         self._check_files()
 
     def _check_files(self) -> None:
@@ -379,7 +247,7 @@ class DistCheckpoint:
                         at = (key, chunk.offsets, layer)
                         if at not in regions:
                             regions[at] = self.region(*at)
-                        source = shifted(common, held, _whole(regions[at].shape))
+                        source = shifted(common, held, whole_box(regions[at].shape))
                         copies[entry.hf_name].append(Copy(regions[at], source, shifted(common, box, hf)))
         return {name: self._view(name, shape, copies[name]) for name, shape in shapes_of(table).items()}
 
@@ -436,17 +304,3 @@ def _key_sizes(table: Sequence[Entry]) -> dict[str, Shape]:
         stacked = () if layer is None else ((layer, layer + 1),)
         boxes[key] += [(*stacked, *box) for _, box in entry.rule.boxes(entry.shape, 0, 1)]
     return {key: tuple(stop for _, stop in bounding(its)) for key, its in boxes.items()}
-
-
-def load_weights(model: MegatronModel, folder: Path) -> None:
-    """Weights without an optimizer's state (tools/convert.py writes such folders) into this layout. Collective."""
-    from megatron.core import dist_checkpointing
-
-    from megatron_agent.training.checkpoint import _metadata
-
-    with torch.no_grad():
-        states = {f"chunk{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(model.chunks)}
-        loaded = dist_checkpointing.load(states, str(folder))
-        for i, chunk in enumerate(model.chunks):
-            chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)
-    model.optimizer.reload_model_params()

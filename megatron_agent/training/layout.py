@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_agent.errors import ConfigError
 from megatron_agent.models.base import StageSpec
@@ -19,6 +19,7 @@ class Layout:
     context_parallel: int = 1
     sequence_parallel: bool = False
     virtual_pipeline: int = 1  # model chunks per pipeline stage (interleaved schedule)
+    stage_layers: tuple[int, ...] = ()  # decoder layers of every chunk, in the order of the model; none: even
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "context_parallel", "virtual_pipeline"):
@@ -55,15 +56,63 @@ class Layout:
     def num_chunks(self) -> int:
         return self.pipeline_parallel * self.virtual_pipeline
 
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers of every chunk, in the order of the model."""
+        return self.stage_layers or split_layers(num_layers, self.num_chunks)
+
+    def with_costs(self, num_layers: int, first_cost: float, last_cost: float) -> Layout:
+        """Layers dealt by what the stages cost (see split_layers)."""
+        if num_layers < self.num_chunks:
+            return self  # check_layers says what is wrong
+        return replace(self, stage_layers=split_layers(num_layers, self.num_chunks, first_cost, last_cost))
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ConfigError when the model's layers cannot be dealt to the stages."""
+        given = self.stage_layers
+        if num_layers < self.num_chunks:
+            raise ConfigError(
+                f"training.pipeline_parallel={self.pipeline_parallel} x training.virtual_pipeline={self.virtual_pipeline} is "
+                f"more than the model's {num_layers} layers: every stage needs one"
+            )
+        if given and (len(given) != self.num_chunks or sum(given) != num_layers or min(given) < 1):
+            raise ConfigError(
+                f"training.stage_layers={list(given)}: give {self.num_chunks} numbers of at least 1 (pipeline_parallel x "
+                f"virtual_pipeline) that add up to the model's {num_layers} layers"
+            )
+
+    def megatron_stages(self, num_layers: int) -> list[list[str]] | None:
+        """The split as Megatron's `pipeline_model_parallel_layout`; None: one stage."""
+        if self.num_chunks == 1:
+            return None
+        chunks = [["decoder"] * count for count in self.layers(num_layers)]
+        chunks[0].insert(0, "embedding")
+        chunks[-1].append("loss")
+        return chunks
+
     def stage(self, pipeline_rank: int, num_layers: int, chunk: int = 0) -> StageSpec:
         """What chunk `chunk` of a pipeline rank builds; chunks are dealt to the ranks in turn."""
-        per_chunk, index = num_layers // self.num_chunks, chunk * self.pipeline_parallel + pipeline_rank
+        layers, index = self.layers(num_layers), chunk * self.pipeline_parallel + pipeline_rank
+        first = sum(layers[:index])
         return StageSpec(
-            first_layer=per_chunk * index,
-            last_layer=per_chunk * (index + 1),
+            first_layer=first,
+            last_layer=first + layers[index],
             is_first=index == 0,
             is_last=index == self.num_chunks - 1,
         )
+
+
+def split_layers(num_layers: int, num_chunks: int, first_cost: float = 0.0, last_cost: float = 0.0) -> tuple[int, ...]:
+    """Layers of each chunk, at least one, so that the slowest is as fast as can be. Costs are in decoder layers: what the
+    first chunk (embedding, vision tower) and the last (head) carry besides. Of equals the later takes more: earlier
+    stages of a pipeline hold the activations of more micro-batches."""
+    costs = [0.0] * num_chunks
+    costs[0] += first_cost
+    costs[-1] += last_cost
+    layers = [1] * num_chunks
+    for _ in range(num_layers - num_chunks):
+        cheapest = min(range(num_chunks), key=lambda i: (layers[i] + costs[i], -i))
+        layers[cheapest] += 1
+    return tuple(layers)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From logits to a scalar loss, once for all algorithms: vocab-parallel log-probs, token-mean denominators, metrics."""
+"""From log-probs to a scalar loss, once for all algorithms: token-mean denominators, metrics."""
 
 from __future__ import annotations
 
@@ -9,52 +9,6 @@ import torch.distributed as dist
 
 from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.types import LossInputs, LossOutputs, MicroBatch
-
-
-class _VocabParallelLogProb(torch.autograd.Function):
-    """Log-prob of the target and entropy of softmax over logits [R, V / tp] split over `group`."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, first, group):
-        peak = logits.max(-1).values
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-        exponent = (logits - peak[:, None]).exp_()
-        local = targets - first
-        inside = (local >= 0) & (local < logits.shape[1])
-        local = local.clamp(0, logits.shape[1] - 1)
-        chosen = logits.gather(1, local[:, None])[:, 0] * inside
-        sums = torch.stack([exponent.sum(-1), (exponent * logits).sum(-1), chosen])
-        dist.all_reduce(sums, group=group)
-        total, weighted, chosen = sums
-        probability = exponent.div_(total[:, None])
-        normaliser = peak + total.log()
-        mean_logit = weighted / total
-        ctx.save_for_backward(probability, local, inside, logits, mean_logit)
-        return chosen - normaliser, normaliser - mean_logit
-
-    @staticmethod
-    def backward(ctx, grad_logprob, grad_entropy):
-        probability, local, inside, logits, mean_logit = ctx.saved_tensors
-        # d entropy / d logit_j = p_j (mean logit - logit_j)
-        grad = probability * ((mean_logit[:, None] - logits) * grad_entropy[:, None] - grad_logprob[:, None])
-        grad.scatter_add_(1, local[:, None], (grad_logprob * inside)[:, None])
-        return grad, None, None, None
-
-
-def vocab_parallel_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, temperature: float, rank: int, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [R, V_padded / tp], targets int64 [R] -> (log-probs [R], entropy [R]) in fp32, both differentiable.
-
-    The padding of the vocabulary takes no probability; `temperature` is the sampling temperature, so that log-probs
-    are of the distribution that was sampled from.
-    """
-    width = logits.shape[1]
-    logits = logits.float() / temperature
-    if (rank + 1) * width > vocab_size:
-        column = torch.arange(rank * width, (rank + 1) * width, device=logits.device)
-        logits = logits.masked_fill(column >= vocab_size, -1e30)  # finite: 0 * -inf would be NaN in the entropy
-    return _VocabParallelLogProb.apply(logits, targets, rank * width, group)
 
 
 @dataclass
@@ -81,6 +35,10 @@ class LossStats:
             self.counts[name] = self.counts.get(name, 0) + other.counts[name]
         for name, value in other.maxima.items():
             self.maxima[name] = max(self.maxima.get(name, float("-inf")), value)
+
+    def only(self, maximum: str) -> LossStats:
+        """Nothing but one maximum, where it was measured."""
+        return LossStats(maxima={n: value for n, value in self.maxima.items() if n == maximum})
 
     def means(self) -> dict[str, float]:
         return {**{n: s / max(self.counts[n], 1) for n, s in self.sums.items()}, **self.maxima}

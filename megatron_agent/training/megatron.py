@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,10 @@ from megatron_agent.models.attention import context_index
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.training import cpu
 from megatron_agent.training.checkpoint import load_hf_shards
+from megatron_agent.training.critic import ValueObjective
 from megatron_agent.training.layout import Layout, is_tensor_parallel, megatron_pieces
-from megatron_agent.training.loss import LossStats, add_gap, microbatch_loss, vocab_parallel_logprobs
+from megatron_agent.training.loss import LossStats, add_gap, microbatch_loss
+from megatron_agent.training.offload import check_on_device
 from megatron_agent.training.packing import Pixels, build_microbatch, keep_targets, padded_length
 from megatron_agent.types import MicroBatch, TrainSample
 
@@ -30,7 +33,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class MegatronModel:
-    """The stage of the model that this rank holds. Construct after torch.distributed is initialised; collective."""
+    """The stage of the model that this rank holds. Construct after torch.distributed is initialised; collective.
+
+    `recompute`: "none", "selective", "full". `head`: "policy", or "value" for a critic. `frozen`: "", "vision" or
+    "language" (embedding, layers and vocabulary head), which then gets no gradient. `replicate_vision`: every tensor
+    and context rank encodes all pictures.
+    """
 
     def __init__(
         self,
@@ -39,14 +47,17 @@ class MegatronModel:
         dtype: str,
         seed: int,
         recompute: str = "none",
+        head: str = "policy",
+        frozen: str = "",
+        replicate_vision: bool = False,
     ) -> None:
         cpu.install()
         from megatron.core import parallel_state
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        self.family, self.layout, self.temperature = family, layout, 1.0
-        self.rank = dist.get_rank()
+        self.family, self.layout, self.head, self.temperature = family, layout, head, 1.0
+        self.rank, self.seed = dist.get_rank(), seed
         parallel_state.initialize_model_parallel(
             layout.tensor_parallel,
             layout.pipeline_parallel,
@@ -57,7 +68,7 @@ class MegatronModel:
         self.at = layout.coordinates(self.rank)
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
-        num_layers: int = family.text.num_layers  # type: ignore[attr-defined]
+        num_layers = family.num_layers
         chunks = range(layout.virtual_pipeline)
         self.stages = [layout.stage(self.at.pipeline, num_layers, chunk) for chunk in chunks]
         self.config = family.transformer_config(layout, DTYPES[dtype])
@@ -75,15 +86,19 @@ class MegatronModel:
         self.config.finalize_model_grads_func = finalize
         interleaved = layout.virtual_pipeline > 1
         self.chunks: list[Any] = [
-            family.build(self.config, stage, chunk if interleaved else None) for chunk, stage in zip(chunks, self.stages)
+            family.build(self.config, stage, chunk if interleaved else None, head) for chunk, stage in zip(chunks, self.stages)
         ]
+        self.visual: Any = getattr(self.chunks[0], "visual", None)
+        if self.visual is not None:
+            self.visual.replicate = replicate_vision
         # Whose parameters bear the names of the mapping table's pieces.
         self.module: Any = torch.nn.ModuleList(self.chunks) if interleaved else self.chunks[0]
         if torch.cuda.is_available():
             self.module.cuda(torch.cuda.current_device())
-        table = family.table(layout, torch.cuda.is_available())
+        table = family.table(layout, torch.cuda.is_available(), head)
         self.pieces = megatron_pieces(table, layout, num_layers, self.rank)
         load_hf_shards(self.module, self.pieces, family.path, table)
+        freeze(self.chunks, frozen)
         mark_tensor_parallel(self.module, {p.param for p in self.pieces if is_tensor_parallel(p, table)})
         self.ddp = [
             DistributedDataParallel(
@@ -105,9 +120,12 @@ class MegatronModel:
 
         return Float16Module(self.config, chunk)
 
-    def reset_optimizer(self, lr: float, weight_decay: float, betas: tuple[float, float], clip_grad: float) -> None:
-        """A fresh Adam (no moments), as at the start of every training phase."""
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    def reset_optimizer(
+        self, lr: float, weight_decay: float, betas: tuple[float, float], clip_grad: float, vision_lr_scale: float = 1.0
+    ) -> None:
+        """A fresh Adam (no moments), as at the start of every training phase. The vision tower's rate is `lr` times
+        `vision_lr_scale`."""
+        from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 
         self.weight_decay = weight_decay
         config = OptimizerConfig(
@@ -122,7 +140,10 @@ class MegatronModel:
             params_dtype=self.config.params_dtype,
             use_distributed_optimizer=True,
         )
-        self.optimizer = get_megatron_optimizer(config, self.ddp, use_gloo_process_groups=not torch.cuda.is_available())
+        groups = get_standard_config_overrides(config)
+        if vision_lr_scale != 1.0:
+            groups[ParamKey(name="*visual.*")] = {"lr_mult": vision_lr_scale}  # type: ignore[typeddict-unknown-key]
+        self.optimizer = get_megatron_optimizer(config, self.ddp, groups, use_gloo_process_groups=not torch.cuda.is_available())
         self.config.grad_scale_func = self.optimizer.scale_loss
 
     @property
@@ -135,15 +156,18 @@ class MegatronModel:
         samples: list[TrainSample],
         microbatches: list[list[int]],
         pixels: Pixels,
-        algorithm: Algorithm,
+        algorithm: Algorithm | ValueObjective,
         denominator_tokens: int,
         lr: float,
         temperature: float,
     ) -> tuple[LossStats, float]:
         """One optimizer step on this rank's micro-batches -> (loss statistics, gradient norm). Collective.
 
+        `algorithm`: what gives the loss of action tokens; a critic's is a ValueObjective.
+
         Raises TrainingError when the loss or the gradient is not finite; no parameter has changed then.
         """
+        check_on_device(self, "all")
         self.temperature = temperature
         for chunk in self.ddp:
             chunk.train()
@@ -152,10 +176,12 @@ class MegatronModel:
         stats = LossStats()
         loss = partial(self._loss, algorithm=algorithm, denominator_tokens=denominator_tokens, stats=stats)
         self._run(samples, microbatches, pixels, loss, forward_only=False)
+        if self.visual is not None:
+            stats.maxima["vision_imbalance"] = self.visual.take_imbalance()
         self._refuse_nan(stats)
         for group in self.optimizer.param_groups:
-            # wd_mult is 0 for norms and biases; Megatron applies it in its scheduler, which is not used here.
-            group["lr"], group["weight_decay"] = lr, self.weight_decay * group["wd_mult"]
+            # wd_mult is 0 for norms and biases; Megatron applies both in its scheduler, which is not used here.
+            group["lr"], group["weight_decay"] = lr * group["lr_mult"], self.weight_decay * group["wd_mult"]
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())  # over all ranks, so that all of them decide alike
         if not math.isfinite(grad_norm):
@@ -166,24 +192,28 @@ class MegatronModel:
     def logprobs(
         self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels, temperature: float
     ) -> tuple[dict[int, list[float]], LossStats]:
-        """Sample index -> log-probs of its action tokens under the current weights (empty but on reporters)."""
+        """Sample index -> log-probs of its action tokens under the current weights, or a critic's values of them (empty
+        but on reporters)."""
+        check_on_device(self, "parameters")
         self.temperature = temperature
         for chunk in self.ddp:
             chunk.eval()
         stats = LossStats()
         found: dict[int, list[float]] = {}
 
-        def collect(logits: torch.Tensor, batch: MicroBatch, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            mine, _ = self._logprobs(logits, batch)
-            add_gap(stats, mine, batch)
-            logprobs, sample_index = mine.new_zeros(len(kept)), kept.new_zeros(len(kept), dtype=torch.long)
-            logprobs[kept], sample_index[kept] = mine, batch.sample_index_R
+        def collect(output: torch.Tensor, batch: MicroBatch, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            mine = output
+            if self.head == "policy":
+                mine, _ = output
+                add_gap(stats, mine, batch)
+            per_token, sample_index = mine.new_zeros(len(kept)), kept.new_zeros(len(kept), dtype=torch.long)
+            per_token[kept], sample_index[kept] = mine, batch.sample_index_R
             if self.layout.context_parallel > 1:
-                for values in (logprobs, sample_index):
+                for values in (per_token, sample_index):
                     dist.all_reduce(values, group=self.cp_group)
             for position, sample in enumerate(batch.sample_ids):
-                found[sample] = logprobs[sample_index == position].tolist()
-            return logprobs.sum(), torch.tensor(1, dtype=torch.int), {}
+                found[sample] = per_token[sample_index == position].tolist()
+            return per_token.sum(), torch.tensor(1, dtype=torch.int), {}
 
         with torch.no_grad():
             self._run(samples, microbatches, pixels, collect, forward_only=True)
@@ -191,21 +221,19 @@ class MegatronModel:
             return {}, LossStats()
         return (found if self.at.context == 0 else {}), stats
 
-    def _logprobs(self, logits: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        vocab_size: int = self.family.text.vocab_size  # type: ignore[attr-defined]
-        return vocab_parallel_logprobs(logits, batch.target_ids_R, vocab_size, self.temperature, self.at.tensor, self.tp_group)
-
     def _loss(
         self,
-        logits: torch.Tensor,
+        output: torch.Tensor,
         batch: MicroBatch,
         kept: torch.Tensor,
         *,
-        algorithm: Algorithm,
+        algorithm: Algorithm | ValueObjective,
         denominator_tokens: int,
         stats: LossStats,
     ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        logprobs, entropy = self._logprobs(logits, batch)
+        if isinstance(algorithm, ValueObjective):
+            return algorithm.loss(output, batch, denominator_tokens, stats), torch.tensor(1, dtype=torch.int), {}
+        logprobs, entropy = output
         loss = microbatch_loss(logprobs, entropy, batch, algorithm, denominator_tokens, stats, self.cp_group)
         return loss, torch.tensor(1, dtype=torch.int), {}
 
@@ -223,7 +251,8 @@ class MegatronModel:
 
         def batches() -> Iterator[MicroBatch]:
             for ids, length in zip(microbatches, pad_to):
-                yield to_device(build_microbatch(samples, ids, self.family, pixels, length, multiple))
+                batch = build_microbatch(samples, ids, self.family, pixels, length, multiple)
+                yield to_device(replace(batch, temperature=self.temperature))
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch, kept = self._own_targets(next(iterator))
@@ -251,10 +280,11 @@ class MegatronModel:
 
     def _sum_vision_gradients(self) -> None:
         """Tensor ranks encoded different pictures: their gradients of the tower add up (context ranks' do so in DDP)."""
-        visual = getattr(self.chunks[0], "visual", None)
-        if visual is None or not visual.is_split or self.layout.tensor_parallel == 1:
+        if self.visual is None or not self.visual.is_split or self.layout.tensor_parallel == 1:
             return
-        grads = [parameter.main_grad for parameter in visual.parameters() if parameter.requires_grad]
+        grads = [parameter.main_grad for parameter in self.visual.parameters() if parameter.requires_grad]
+        if not grads:  # a frozen tower
+            return
         flat = torch.cat([grad.view(-1) for grad in grads])
         dist.all_reduce(flat, group=self.tp_group)
         for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads])):
@@ -267,6 +297,14 @@ class MegatronModel:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)  # all ranks stop together, none waits in the next collective
         if bad.item():
             raise TrainingError(f"rank {self.rank}: the loss is not a number ({stats.means()}); the step was not taken")
+
+
+def freeze(chunks: list[Any], frozen: str) -> None:
+    """No gradient for the vision tower ("vision") or for everything in the language model ("language")."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.startswith({"vision": "visual.", "language": "language."}.get(frozen, "-")):
+                parameter.requires_grad = False
 
 
 def mark_tensor_parallel(module: torch.nn.Module, names: set[str]) -> None:

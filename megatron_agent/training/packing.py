@@ -70,11 +70,8 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 def keep_targets(batch: MicroBatch, kept_R: torch.Tensor) -> MicroBatch:
     """The same row with only the targets of `kept_R` (bool [R]): those that a context-parallel rank holds."""
-    names = ("target_positions_R", "target_ids_R", "sample_index_R", "advantages_R", "rollout_logprobs_R", "after_image_R")
-    old = batch.old_logprobs_R
-    return replace(
-        batch, **{name: getattr(batch, name)[kept_R] for name in names}, old_logprobs_R=None if old is None else old[kept_R]
-    )
+    per_target = {name: value for name, value in vars(batch).items() if name.endswith("_R") and value is not None}
+    return replace(batch, **{name: value[kept_R] for name, value in per_target.items()})
 
 
 def build_microbatch(
@@ -110,7 +107,10 @@ def build_microbatch(
     def gather(values: list[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(_joined([np.asarray(v)[t] for v, t in zip(values, targets)]), dtype=dtype)
 
-    old = [row.old_logprobs_T for row in rows]
+    def gather_if_all(values: list[list[float] | None]) -> torch.Tensor | None:
+        known = [v for v in values if v is not None]
+        return gather(known, torch.float32) if len(known) == len(values) else None  # type: ignore[arg-type]
+
     return MicroBatch(
         token_ids_T=torch.from_numpy(np.concatenate(tokens)),
         position_ids_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
@@ -120,9 +120,11 @@ def build_microbatch(
         sample_index_R=torch.from_numpy(_joined([np.full(len(t), i) for i, t in enumerate(targets)])),
         advantages_R=gather([row.advantages_T for row in rows], torch.float32),
         rollout_logprobs_R=gather([row.rollout_logprobs_T for row in rows], torch.float32),
-        old_logprobs_R=None if any(o is None for o in old) else gather([o for o in old if o is not None], torch.float32),
+        old_logprobs_R=gather_if_all([row.old_logprobs_T for row in rows]),
         after_image_R=gather([row.has_image_before_T for row in rows], torch.bool),
         patches_NP=None if patches is None else torch.from_numpy(patches),
         grids_I3=torch.tensor([family.grid(ref) for ref in images], dtype=torch.int64) if images else None,
         sample_ids=list(sample_ids),
+        old_values_R=gather_if_all([row.values_T for row in rows]),
+        returns_R=gather_if_all([row.returns_T for row in rows]),
     )

@@ -13,6 +13,7 @@ from megatron_agent import registry
 from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.data.images import ImageStore
 from megatron_agent.models.base import ModelFamily
+from megatron_agent.training.critic import ValueObjective
 from megatron_agent.training.layout import Layout
 from megatron_agent.types import ImageRef, ShardCopy, TrainSample
 
@@ -45,11 +46,10 @@ class Worker:
         address: tuple[str, int],
         family_name: str,
         model_path: str,
-        dtype: str,
-        recompute: str,
-        seed: int,
+        options: dict,
+        offload: str,
     ) -> None:
-        """Join the process group and load this rank's shard of the checkpoint."""
+        """Join the process group and load this rank's shard of the checkpoint. `options`: MegatronModel's."""
         import torch
         import torch.distributed as dist
 
@@ -60,45 +60,74 @@ class Worker:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, rank=self.rank, world_size=self.layout.world_size, timeout=COLLECTIVE_TIMEOUT)
         from megatron_agent.training.megatron import MegatronModel
+        from megatron_agent.training.offload import Offload
+        from megatron_agent.training.snapshot import Saver
 
         self.family: ModelFamily = registry.resolve("models", family_name)(model_path)
-        self.model = MegatronModel(self.family, self.layout, dtype, seed, recompute)
+        self.model = MegatronModel(self.family, self.layout, **options)
+        self.saver = Saver(self.model)
+        self.offload = Offload(self.model, offload)
 
-    def reset_optimizer(self, lr: float, weight_decay: float, betas: tuple[float, float], clip_grad: float) -> None:
-        self.model.reset_optimizer(lr, weight_decay, betas, clip_grad)
+    def to_device(self) -> None:
+        self.offload.to_device()
+
+    def to_host(self) -> None:
+        self.offload.to_host()
+
+    def reset_optimizer(self, **options) -> None:
+        with self.offload.on_device("all"):
+            self.model.reset_optimizer(**options)
 
     def update(
         self,
         samples: list[TrainSample],
         plan: list[list[list[int]]],
-        algorithm: Algorithm,
+        algorithm: Algorithm | ValueObjective,
         denominator_tokens: int,
         lr: float,
         temperature: float,
     ):
-        """-> (LossStats, gradient norm), statistics of reporters only. `plan` is indexed by data-parallel rank."""
-        stats, norm = self.model.update(samples, self._mine(plan), self._pixels, algorithm, denominator_tokens, lr, temperature)
-        return (stats if self.model.is_reporter else None), norm
+        """-> (LossStats, gradient norm); of others than reporters the vision's balance only. `plan` is indexed by
+        data-parallel rank."""
+        mine = self._mine(plan)
+        with self.offload.on_device("all"):
+            stats, norm = self.model.update(samples, mine, self._pixels, algorithm, denominator_tokens, lr, temperature)
+        return (stats if self.model.is_reporter else stats.only("vision_imbalance")), norm
 
     def logprobs(self, samples: list[TrainSample], plan: list[list[list[int]]], temperature: float):
-        """-> (sample index -> log-probs of its action tokens, LossStats) on reporters, else empty."""
-        return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
+        """-> (sample index -> log-probs or values of its action tokens, LossStats) on reporters, else empty."""
+        with self.offload.on_device("parameters"):
+            return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
 
     def send_weights(self, plan: list[ShardCopy], folder: str) -> list[int]:
         """This rank's part of a weight transfer -> checksums in plan order."""
         from megatron_agent.weights.sender import send
 
-        return send(self.model.module, plan, self.rank, Path(folder))
+        with self.offload.on_device("parameters"):
+            return send(self.model.module, plan, self.rank, Path(folder))
 
     def save(self, folder: str) -> None:
-        from megatron_agent.training.checkpoint import save_megatron
+        with self.offload.on_device("all"):
+            self.saver.start(Path(folder))
 
-        save_megatron(self.model, Path(folder))
+    def check_save(self) -> None:
+        self.saver.is_writing()
+
+    def finish_save(self) -> None:
+        self.saver.wait()
 
     def load(self, folder: str) -> None:
         from megatron_agent.training.checkpoint import load_megatron
 
-        load_megatron(self.model, Path(folder))
+        with self.offload.on_device("all"):
+            load_megatron(self.model, Path(folder))
+
+    def load_weights(self, folder: str) -> None:
+        """Those of a policy's training checkpoint, into a critic."""
+        from megatron_agent.training.checkpoint import load_weights
+
+        with self.offload.on_device("all"):
+            load_weights(self.model, Path(folder))
 
     def _mine(self, plan: list[list[list[int]]]) -> list[list[int]]:
         return plan[self.model.at.data]

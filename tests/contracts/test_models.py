@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from megatron_agent import registry
+from megatron_agent.errors import DataError
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.training.layout import Layout, holds, megatron_pieces, vllm_pieces
 from megatron_agent.types import ImageRef
 
-CHECKPOINTS = {"qwen2_5_vl": "tied"}  # a new family names the small checkpoint of tests/conftest.py to read
+# A new family names the fixture of tests/conftest.py that has a small checkpoint of it, and the one of them.
+CHECKPOINTS = {"qwen2_5_vl": ("tiny_models", "tied"), "qwen2": ("tiny_text_model", None)}
+WITHOUT_PICTURES = {"qwen2"}
 FAMILIES = registry.names("models")
 LAYOUTS = [Layout(), Layout(2, 1, 1), Layout(1, 2, 1), Layout(2, 2, 2)]
 
@@ -26,8 +29,15 @@ def test_shape(name):
 
 
 @pytest.fixture(params=sorted(CHECKPOINTS))
-def family(request, tiny_models):
-    return registry.resolve("models", request.param)(tiny_models[CHECKPOINTS[request.param]])
+def family_name(request):
+    return request.param
+
+
+@pytest.fixture
+def family(family_name, request):
+    fixture, which = CHECKPOINTS[family_name]
+    found = request.getfixturevalue(fixture)
+    return registry.resolve("models", family_name)(found[which] if which else found)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -37,7 +47,7 @@ def test_table(family, layout, transformer_engine):
     table = family.table(layout, transformer_engine)
     rows = [(e.hf_name, e.param, e.vllm_param, str(e.rule), str(e.vllm_rule)) for e in table]
     assert len(set(rows)) == len(rows)
-    num_layers = family.text.num_layers
+    num_layers = family.num_layers
     assert {e.stage for e in table} == {"first", "last", *range(num_layers)}
     stages = [layout.stage(i, num_layers) for i in range(layout.pipeline_parallel)]
     assert all(sum(holds(e, stage) for stage in stages) == 1 for e in table)
@@ -57,9 +67,14 @@ def test_every_tensor_of_the_checkpoint_has_a_row(family):
     assert {e.hf_name for e in table} == set(weight_files(family.path))
 
 
-def test_pictures(family):
-    ref = ImageRef("x", 84, 56)
-    patches = family.patches(np.zeros((56, 84, 3), np.uint8))
+def test_pictures(family, family_name):
+    ref, pixels = ImageRef("x", 84, 56), np.zeros((56, 84, 3), np.uint8)
+    if family_name in WITHOUT_PICTURES:
+        for refuse in (lambda: family.patches(pixels), lambda: family.grid(ref), lambda: family.positions([1, 2], [ref])):
+            with pytest.raises(DataError, match="takes no pictures"):
+                refuse()
+        return
+    patches = family.patches(pixels)
     time, rows, columns = family.grid(ref)
     assert patches.shape[0] == time * rows * columns and patches.dtype == np.float32
 

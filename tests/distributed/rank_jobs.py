@@ -49,10 +49,10 @@ def make_samples(family):
     return samples
 
 
-def make_model(path, layout, recompute="none"):
+def make_model(path, layout, recompute="none", dtype="float32", **options):
     from megatron_agent.training.megatron import MegatronModel
 
-    return MegatronModel(Qwen2_5_VL(path), layout, "float32", seed=0, recompute=recompute)
+    return MegatronModel(Qwen2_5_VL(path), layout, dtype, seed=0, recompute=recompute, **options)
 
 
 def plan_for(samples, layout, budget):
@@ -133,7 +133,7 @@ def gradient_errors(path, layout, reference, budget=BUDGET_TOKENS):
             theirs = reader.get_slice(piece.hf_name)[as_index(piece.hf_slice)]
             errors[f"{piece.param} {piece.param_slice}"] = float((mine - theirs).abs().max())
     padding = [
-        float(p.main_grad[int(max(q.param_slice[0][1] for q in model.pieces if q.param == name)) :].abs().sum())
+        float(p.main_grad[int(max((q.param_slice[0][1] for q in model.pieces if q.param == name), default=0)) :].abs().sum())
         for name, p in parameters.items()
         if "word_embeddings" in name or "output_layer" in name
     ]

@@ -102,6 +102,50 @@ def test_there_and_back_every_file_is_the_same(hf, tmp_path, name, kind, layout)
     assert verify(source, tmp_path / "mg") == verify(tmp_path / "mg", tmp_path / "back") == 0
 
 
+PUBLISHED_FILES = ("chat_template.json", "generation_config.json", "merges.txt", "preprocessor_config.json", "vocab.json")
+
+
+def publish(source, folder):
+    """`source` as the published Qwen2.5-VL folders are: bfloat16 in several files, the text's keys at the top level of
+    config.json, rope as transformers 4 named it, the vision's `in_chans`."""
+    write_hf(source, folder, torch.bfloat16, 3)
+    nested = json.loads((folder / "config.json").read_text())
+    text, vision = nested.pop("text_config"), nested.pop("vision_config")
+    rope = text.pop("rope_parameters")
+    vision["in_chans"] = vision.pop("in_channels")
+    for key in ("dtype", "layer_types", "model_type"):
+        text.pop(key, None)
+    flat = {**text, **nested, "torch_dtype": "bfloat16", "rope_theta": rope["rope_theta"], "vision_config": vision}
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    flat.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(flat))
+    for name in PUBLISHED_FILES:
+        (folder / name).write_text(f"{name} of a model")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_a_published_folder(tiny_models, tmp_path, name):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    source = publish(tiny_models[name], tmp_path / "in")
+    assert to_megatron(source, tmp_path / "mg") == to_hf(tmp_path / "mg", tmp_path / "back") == 0
+    assert contents(tmp_path / "back") == contents(source) and set(PUBLISHED_FILES) < contents(source).keys()
+    assert verify(source, tmp_path / "mg") == verify(tmp_path / "mg", tmp_path / "back") == 0
+    flat, nested = Qwen2_5_VL(source), Qwen2_5_VL(tiny_models[name])
+    assert (flat.text, flat.vision, flat.image_token_id) == (nested.text, nested.vision, nested.image_token_id)
+    assert checkpoint_table(flat) == checkpoint_table(nested)
+    _, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(loading.values())  # transformers finds every weight, each of its shape, and no other
+
+
+def test_what_a_kill_left_behind_is_no_part_of_the_next(hf, tmp_path):
+    (tmp_path / ".mg.partial").mkdir()
+    (tmp_path / ".mg.partial" / "__7_0.distcp").write_bytes(b"half")
+    assert to_megatron(hf["tied", "float32"], tmp_path / "mg") == 0
+    assert os.listdir(tmp_path) == ["mg"] and not (tmp_path / "mg" / "__7_0.distcp").exists()
+
+
 def test_layouts_hold_the_same(hf, converted, tmp_path):
     assert to_megatron(hf["tied", "bfloat16"], tmp_path / "mg", LAYOUTS[0]) == 0
     assert verify(tmp_path / "mg", converted["tied", "bfloat16"]) == 0
@@ -114,7 +158,7 @@ def test_an_empty_folder_may_be_the_output(hf, tmp_path):
 
 def load_converted(path, layout, dtype, folder):
     """-> the parameters that differ from those read from the HF folder."""
-    from megatron_agent.training.dist_checkpoint import load_weights
+    from megatron_agent.training.checkpoint import load_weights
     from megatron_agent.training.megatron import MegatronModel
 
     model = MegatronModel(Qwen2_5_VL(path), layout, dtype, seed=0)
@@ -293,7 +337,7 @@ def test_bad_hf_is_refused(hf, tmp_path, capsys, case):
     ("options", "message"),
     [
         (["--tp", "3"], "does not divide the model's attention heads (8)"),
-        (["--pp", "3"], "does not divide the model's 2 layers"),
+        (["--pp", "3"], "is more than the model's 2 layers"),
         (["--tp", "0"], "1 or more"),
         (["--vpp", "2"], "set training.pipeline_parallel above 1"),
         (["--workers", "0"], "--workers 0"),

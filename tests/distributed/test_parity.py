@@ -24,6 +24,9 @@ LAYOUTS = {
     "tp2cp2sp": Layout(2, context_parallel=2, sequence_parallel=True),
     "pp2vpp2": Layout(pipeline_parallel=2, virtual_pipeline=2),
     "pp2cp2": Layout(pipeline_parallel=2, context_parallel=2),
+    "tp4": Layout(4),  # more ranks than the two KV heads
+    "tp4sp": Layout(4, sequence_parallel=True),
+    "pp2uneven": Layout(pipeline_parallel=2, stage_layers=(1, 3)),
 }
 CASES = [("tied", "one"), *(("tied", name) for name in LAYOUTS), ("untied", "tp2pp2")]
 
@@ -96,7 +99,16 @@ def test_temperature_is_that_of_sampling(ranks, tiny_models, references):
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [("tied", "one"), ("untied", "tp2"), ("tied", "pp2"), ("tied", "tp2pp2"), ("untied", "tp2pp2"), ("untied", "tp2sp")],
+    [
+        ("tied", "one"),
+        ("untied", "tp2"),
+        ("tied", "pp2"),
+        ("tied", "tp2pp2"),
+        ("untied", "tp2pp2"),
+        ("untied", "tp2sp"),
+        ("tied", "tp4"),
+        ("tied", "pp2uneven"),
+    ],
 )
 def test_gradients_equal_transformers(ranks, tiny_models, references, model, layout):
     """Of every parameter, vision tower included. Data parallel ranks hold parts of the sum and are left to the steps."""

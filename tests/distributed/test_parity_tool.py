@@ -28,7 +28,7 @@ def run(*arguments):
 
 def test_three_layouts_of_a_tiny_model(tiny_models, tmp_path):
     file = tmp_path / "out.json"
-    options = ["--layouts", "tp2sp,pp2,dp2", "--rows", "3", "--adam-steps", "3", "--json", file]
+    options = ["--layouts", "tp2sp,vpp2,dp2", "--rows", "3", "--adam-steps", "3", "--json", file]
     process = run("--hf", tiny_models["tied"], *options)
     assert process.returncode == 0, process.stdout + process.stderr
     out = json.loads(file.read_text())
@@ -36,7 +36,7 @@ def test_three_layouts_of_a_tiny_model(tiny_models, tmp_path):
     sizes = [size for row in out["pictures_px"] for size in row]
     assert out["pictures_px"][0] == [] and out["pictures_px"][1] == [[28, 28]] and [588, 28] in sizes and len(sizes) >= 4
     assert [(r["layout"], r["packed"]) for r in out["results"]] == [
-        (name, packed) for name in ("tp2sp", "pp2", "dp2") for packed in (True, False)
+        (name, packed) for name in ("tp2sp", "vpp2", "dp2") for packed in (True, False)
     ]
     for result in out["results"]:
         assert 0 < result["logprob_mean"] <= result["logprob_max"] <= 2e-5
@@ -46,6 +46,26 @@ def test_three_layouts_of_a_tiny_model(tiny_models, tmp_path):
         assert result["losses"] == pytest.approx(out["transformers"]["losses"], abs=1e-5)
         assert result["layout"] in process.stdout
     assert out["loss_spread"] <= 1e-5
+
+
+def test_a_text_model_in_uneven_stages(tiny_text_model, tmp_path):
+    file = tmp_path / "out.json"
+    process = run("--hf", tiny_text_model, "--layouts", "pp2", "--rows", "3", "--adam-steps", "2", "--json", file)
+    assert process.returncode == 0, process.stdout + process.stderr
+    out = json.loads(file.read_text())
+    assert out["passed"] and out["pictures_px"] == [[], [], []]
+    assert [result["stage_layers"] for result in out["results"]] == [[2, 1], [2, 1]]
+    assert set(out["results"][0]["gradients"]) == set(load_file(tiny_text_model / "model.safetensors"))
+
+
+def test_names_of_layouts(tiny_models):
+    assert parity.parse_layout("one") == parity.Layout()
+    assert parity.parse_layout("tp4") == parity.Layout(4)
+    assert parity.parse_layout("vpp2") == parity.parse_layout("pp2vpp2") == parity.Layout(1, 2, virtual_pipeline=2)
+    assert parity.parse_layout("pp4vpp2") == parity.Layout(1, 4, virtual_pipeline=2)
+    assert parity.parse_layout("tp2cp2dp3sp") == parity.Layout(2, 1, 3, 2, sequence_parallel=True)
+    layouts = parity.checked_layouts(" tp4, pp2 ", parity.family_of(tiny_models["tied"]))
+    assert layouts == {"tp4": parity.Layout(4), "pp2": parity.Layout(1, 2, stage_layers=(1, 3))}  # the vision tower counts
 
 
 def test_a_changed_tensor_is_found(tiny_models, tmp_path):
@@ -114,7 +134,8 @@ def test_a_row_that_no_rank_reports_is_no_parity():
     [
         (["--layouts", "tp2,zp2"], "layout 'zp2': unknown"),
         (["--layouts", "tp2tp4"], "layout 'tp2tp4': tp is given twice"),
-        (["--layouts", "vpp2"], "set training.pipeline_parallel above 1"),
+        (["--layouts", "pp1vpp2"], "set training.pipeline_parallel above 1"),
+        (["--layouts", "vpp3"], "layout 'vpp3': training.pipeline_parallel=2 x training.virtual_pipeline=3 is more than"),
         (["--layouts", "sp"], "layout 'sp': training.sequence_parallel splits rows over tensor ranks"),
         (["--layouts", "tp3"], "layout 'tp3': training.tensor_parallel=3 does not divide"),
         (["--rows", "2"], "--rows 2: 3 or more"),

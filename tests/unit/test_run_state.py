@@ -7,10 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_agent.config import RunConfig
-from megatron_agent.errors import EngineError, StopRequested
+from megatron_agent.algorithms.base import Algorithm
+from megatron_agent.checkpoints import Checkpoints
+from megatron_agent.config import ModelSection, RunConfig
+from megatron_agent.errors import CheckpointError, EngineError, StopRequested
 from megatron_agent.run_state import Progress, StopSignal, keep_old_run
-from megatron_agent.training.checkpoint import complete_checkpoints, read_state
+from megatron_agent.training.actor import TrainingConfig
+from megatron_agent.training.checkpoint import begin_checkpoint, complete_checkpoints, finish_checkpoint, read_state
+from tests.unit.fake_ranks import NUM_RANKS, FakeRanks, write_hf_folder
 
 BOARDS = SimpleNamespace(status=lambda text: None)
 
@@ -49,41 +53,105 @@ def test_work_that_is_done_comes_back_and_a_failure_beside_it_is_raised_at_once(
     asyncio.run(play())
 
 
-class FakeActor:
-    """Stands for ranks that would write gigabytes; Progress only asks them to."""
+class Controlled(Algorithm):
+    """An algorithm that learns a coefficient of its own."""
 
-    async def save(self, folder):
-        (folder / "weights").write_text("saved")
+    coefficient = 0.1
+
+    def advantages(self, samples):
+        raise NotImplementedError
+
+    def loss(self, inputs):
+        raise NotImplementedError
+
+    def state(self):
+        return {"coefficient": self.coefficient}
+
+    def load_state(self, state):
+        self.coefficient = state["coefficient"]
 
 
-@pytest.fixture
-def parts(tmp_path):
-    config = RunConfig(output_dir=str(tmp_path), name="run")
-    return SimpleNamespace(config=config, actor=FakeActor(), weight_version=3, data=SimpleNamespace(train=None))
+def make_parts(tmp_path, ranks):
+    path = tmp_path / "hf"
+    config = RunConfig(
+        output_dir=str(tmp_path),
+        name="run",
+        algorithm_name="controlled",
+        model=ModelSection(str(path if path.exists() else write_hf_folder(path))),
+        training=TrainingConfig(tensor_parallel=NUM_RANKS),
+    )
+    data = SimpleNamespace(train=None)
+    checkpoints = Checkpoints(config)
+    return SimpleNamespace(
+        config=config, actor=ranks, weight_version=3, data=data, algorithm=Controlled(), checkpoints=checkpoints
+    )
 
 
-def test_progress_survives_a_checkpoint(parts):
-    progress = Progress(before={"heldout": {"accuracy": 0.25}}, seconds_train=1.5)
-    progress.finish_step(7, parts, 32)
-    asyncio.run(progress.save(parts))
+def test_progress_survives_a_checkpoint(tmp_path):
+    async def play():
+        ranks = FakeRanks()
+        parts = make_parts(tmp_path, ranks)
+        parts.algorithm.coefficient = 0.7
+        progress = Progress(before={"heldout": {"accuracy": 0.25}}, seconds_train=1.5)
+        progress.finish_step(7, parts, 32)
+        parts.algorithm.coefficient = 0.9  # the next step has begun
+        await progress.save(parts, wait=True)
+        parts.config.resume = "auto"
+        again = Progress.last(parts.config)
+        assert (again.step, again.weight_version, again.num_trajectories) == (7, 3, 32)
+        assert again.before == {"heldout": {"accuracy": 0.25}} and again.seconds_train == 1.5
+        new, loaded = make_parts(tmp_path, ranks), []
+
+        async def load(folder):
+            loaded.append(folder.name)
+
+        ranks.load = load
+        await again.restore(new)
+        assert loaded == ["step_00000007"] and new.algorithm.coefficient == 0.7
+        parts.config.resume = "never"
+        assert Progress.last(parts.config) is None
+
+    asyncio.run(play())
+
+
+def test_a_state_of_another_version_is_an_error(tmp_path):
+    parts = make_parts(tmp_path, None)
     parts.config.resume = "auto"
-    again = Progress.last(parts.config)
-    assert (again.step, again.weight_version, again.num_trajectories) == (7, 3, 32)
-    assert again.before == {"heldout": {"accuracy": 0.25}} and again.seconds_train == 1.5
-    parts.config.resume = "never"
-    assert Progress.last(parts.config) is None
+    begin_checkpoint(parts.checkpoints.root, 4)
+    finish_checkpoint(parts.checkpoints.root, 4, {"step": 4, "moon_phase": 0.5})
+    with pytest.raises(CheckpointError, match=r"step_00000004/state\.json: not what this version writes: .*moon_phase"):
+        Progress.last(parts.config)
 
 
-def test_a_step_is_saved_once_and_never_when_it_was_cut(parts):
-    root = parts.config.folder / "checkpoints"
-    progress = Progress(step=2)
-    asyncio.run(progress.save(parts))
-    (complete_checkpoints(root)[-1] / "weights").write_text("first")
-    asyncio.run(progress.save(parts))
-    assert (complete_checkpoints(root)[-1] / "weights").read_text() == "first"
-    progress.step, progress.is_updating = 3, True  # between the update and its sync
-    asyncio.run(progress.save(parts))
-    assert [read_state(folder)["step"] for folder in complete_checkpoints(root)] == [2]
+def test_a_step_is_saved_once_and_never_when_it_was_cut(tmp_path):
+    async def play():
+        ranks = FakeRanks()
+        parts = make_parts(tmp_path, ranks)
+        progress = Progress(step=2)
+        await progress.save(parts, wait=True)
+        await progress.save(parts, wait=True)
+        new = make_parts(tmp_path, ranks)  # after a restart
+        await progress.save(new, wait=True)
+        assert len(ranks.folders) == 1
+        progress.step, progress.is_updating = 3, True  # between the update and its sync
+        await progress.save(new, wait=True)
+        assert [read_state(folder)["step"] for folder in complete_checkpoints(new.checkpoints.root)] == [2]
+
+    asyncio.run(play())
+
+
+def test_a_stop_waits_for_the_save_under_way(tmp_path):
+    async def play():
+        ranks = FakeRanks()
+        parts, progress = make_parts(tmp_path, ranks), Progress(step=2)
+        ranks.go_on.clear()
+        await progress.save(parts)
+        asyncio.get_running_loop().call_later(0.1, ranks.go_on.set)
+        progress.is_updating = True
+        await progress.save(parts, wait=True)
+        assert [folder.name for folder in complete_checkpoints(parts.checkpoints.root)] == ["step_00000002"]
+
+    asyncio.run(play())
 
 
 def test_an_earlier_run_is_kept(tmp_path):

@@ -39,13 +39,19 @@ class _ExchangeFeatures(torch.autograd.Function):
 
 
 class BalancedVision(VisionTower):
-    """The vision tower over the ranks of one replica. `imbalance` of the last call: max over mean patches of a rank."""
+    """The vision tower over the ranks of one replica. `replicate`: every rank encodes every picture instead."""
 
     replicate = False
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.imbalance = 1.0
+        self._busiest_patches = self._mean_patches = 0.0
+
+    def take_imbalance(self) -> float:
+        """Patches of the busiest rank over those of the mean one, summed over the calls since the last time (1: even)."""
+        imbalance = self._busiest_patches / self._mean_patches if self._mean_patches else 1.0
+        self._busiest_patches = self._mean_patches = 0.0
+        return imbalance
 
     @property
     def is_split(self) -> bool:
@@ -59,7 +65,8 @@ class BalancedVision(VisionTower):
         counts = [time * rows * columns for time, rows, columns in grids]
         parts = split_balanced(counts, group.size())
         loads = [sum(counts[i] for i in part) for part in parts]
-        self.imbalance = max(loads) * len(loads) / sum(loads)
+        self._busiest_patches += max(loads)
+        self._mean_patches += sum(loads) / len(loads)
         pictures = patches_NP.split(counts)
         mine = parts[group.rank()]
         if mine:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_agent.models.mapping import Heads, Replicated, Split, Stacked, as_index, pieces
+from megatron_agent.models.qwen2 import TextConfig, language_table
 from megatron_agent.models.qwen2_5_vl.vision import VisionConfig
-from megatron_agent.models.qwen2_5_vl.weights import TextConfig, language_table, vision_table
+from megatron_agent.models.qwen2_5_vl.weights import vision_table
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
 
 
@@ -85,6 +86,10 @@ def draw_heads(heads, kv_heads, rank, size, head_dim=1, **options):
         (8, 2, 2, 4, False, "q4 q5 k1 v1"),
         (8, 2, 3, 4, False, "q6 q7 k1 v1"),
         (8, 1, 3, 4, False, "q6 q7 k0 v0"),
+        # Megatron cuts its order of one rank, q0 q1 q2 q3 k0 v0 q4 q5 q6 q7 k1 v1, into even parts
+        (8, 2, 0, 4, True, "q0 q1 q2"),
+        (8, 2, 1, 4, True, "q3 k0 v0"),
+        (8, 2, 3, 4, True, "q7 k1 v1"),
     ],
 )
 def test_heads(heads, kv_heads, rank, size, interleaved, expected):

@@ -72,6 +72,14 @@ def test_warm_up_then_constant():
     assert TrainingConfig(lr=1e-3).lr_at(1) == 1e-3
 
 
+def test_rates_that_fall():
+    options = dict(lr=1.0, warmup_steps=2, num_steps=10, min_lr_fraction=0.2)
+    linear = TrainingConfig(lr_schedule="linear", **options)
+    cosine = TrainingConfig(lr_schedule="cosine", **options)
+    assert [linear.lr_at(step) for step in (1, 2, 6, 10, 11)] == pytest.approx([0.5, 1, 0.6, 0.2, 0.2])
+    assert [cosine.lr_at(step) for step in (1, 2, 4, 6, 10)] == pytest.approx([0.5, 1, 0.2 + 0.8 * 0.8535534, 0.6, 0.2])
+
+
 def test_supervised_rate_rises_stays_and_falls():
     config = SftSection(num_steps=10, lr=1.0, warmup_steps=2, decay_fraction=0.4, min_lr_fraction=0.3)
     found = [lr_at(config, step) for step in range(1, 11)]

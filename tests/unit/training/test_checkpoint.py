@@ -1,7 +1,7 @@
 """Reading Hugging Face shards and the life of checkpoint folders.
 
-Not covered: Megatron's distributed checkpoint itself (tests/distributed/test_checkpoints.py), a kill between the two
-fsyncs, reading only a rank's bytes (that it reads the right ones is).
+Not covered: Megatron's distributed checkpoint itself and kills of real processes (tests/distributed), reading only a
+rank's bytes (that it reads the right ones is).
 """
 
 import json
@@ -15,6 +15,7 @@ from megatron_agent.models.mapping import Entry, Piece, Replicated, Split, piece
 from megatron_agent.training.checkpoint import (
     begin_checkpoint,
     complete_checkpoints,
+    drop_old,
     finish_checkpoint,
     load_hf_shards,
     read_state,
@@ -148,12 +149,15 @@ def test_a_file_that_is_nearly_empty(tmp_path, size):
 
 def write(root, step, keep=0, **state):
     (begin_checkpoint(root, step) / "weights").write_text(f"{step}")
-    return finish_checkpoint(root, step, {"step": step, **state}, keep)
+    final = finish_checkpoint(root, step, {"step": step, **state})
+    drop_old(root, keep)
+    return final
 
 
 def test_a_finished_checkpoint(tmp_path):
     final = write(tmp_path, 10, order=[3, 1])
-    assert final == tmp_path / "step_00000010" and sorted(p.name for p in final.iterdir()) == ["state.json", "weights"]
+    assert final == tmp_path / "step_00000010"
+    assert sorted(p.name for p in final.iterdir()) == ["CHECKSUMS", "state.json", "weights"]
     assert read_state(final) == {"step": 10, "order": [3, 1]}
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000010"]
 
@@ -164,6 +168,36 @@ def test_the_newest_are_kept(tmp_path):
     assert [read_state(p)["step"] for p in complete_checkpoints(tmp_path)] == [10, 100]
     write(tmp_path, 101, keep=0)
     assert [read_state(p)["step"] for p in complete_checkpoints(tmp_path)] == [10, 100, 101]
+    write(tmp_path, 102)
+    drop_old(tmp_path, 1, best="step_00000010")
+    assert [read_state(p)["step"] for p in complete_checkpoints(tmp_path)] == [10, 102]
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "delete"])
+@pytest.mark.parametrize("name", ["state.json", "CHECKSUMS"])
+def test_a_damaged_state_is_named(tmp_path, name, change):
+    file = write(tmp_path, 10) / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data if change == "flip" else data[:-3])
+    if change == "delete":
+        file.unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}.*(damaged|truncated|missing).*move step_00000010 away"):
+        read_state(tmp_path / "step_00000010")
+
+
+def test_every_flipped_bit_of_the_small_files_is_found(tmp_path):
+    folder = write(tmp_path, 10)
+    for name in ("state.json", "CHECKSUMS"):
+        data = (folder / name).read_bytes()
+        for at in range(len(data) * 8):
+            changed = bytearray(data)
+            changed[at // 8] ^= 1 << at % 8
+            (folder / name).write_bytes(changed)
+            with pytest.raises(CheckpointError, match=name):
+                read_state(folder)
+        (folder / name).write_bytes(data)
+    assert read_state(folder)["step"] == 10
 
 
 def test_a_partial_folder_does_not_count_and_is_started_afresh(tmp_path):
@@ -204,7 +238,8 @@ def test_a_kill_while_an_old_checkpoint_is_deleted(tmp_path, monkeypatch):
 
     monkeypatch.setattr("shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        finish_checkpoint(tmp_path, 2, {"step": 2}, keep=1)
+        finish_checkpoint(tmp_path, 2, {"step": 2})
+        drop_old(tmp_path, keep=1)
     monkeypatch.undo()
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000002"]
     write(tmp_path, 3, keep=1)

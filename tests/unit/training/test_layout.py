@@ -5,7 +5,15 @@ import pytest
 from megatron_agent.errors import ConfigError
 from megatron_agent.models.base import StageSpec
 from megatron_agent.models.mapping import Entry, Replicated, Split
-from megatron_agent.training.layout import Coordinates, Layout, holds, is_tensor_parallel, megatron_pieces, vllm_pieces
+from megatron_agent.training.layout import (
+    Coordinates,
+    Layout,
+    holds,
+    is_tensor_parallel,
+    megatron_pieces,
+    split_layers,
+    vllm_pieces,
+)
 
 
 def test_tensor_is_fastest_then_data_then_pipeline():
@@ -39,6 +47,34 @@ def test_stages():
         StageSpec(4, 6, False, True),
     ]
     assert Layout().stage(0, 6) == StageSpec(0, 6, True, True)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_chunks", "first", "last", "expected"),
+    [
+        (8, 4, 0, 0, (2, 2, 2, 2)),
+        (7, 3, 0, 0, (2, 2, 3)),
+        (28, 2, 4, 0, (12, 16)),
+        (28, 4, 5.4, 1, (3, 8, 9, 8)),
+        (4, 4, 9, 9, (1, 1, 1, 1)),  # each has one, whatever it carries
+        (8, 2, 0, 3, (5, 3)),
+    ],
+)
+def test_layers_are_dealt_by_what_stages_carry_besides(num_layers, num_chunks, first, last, expected):
+    assert split_layers(num_layers, num_chunks, first, last) == expected and sum(expected) == num_layers
+
+
+def test_uneven_stages():
+    layout = Layout(pipeline_parallel=2, virtual_pipeline=2, stage_layers=(1, 2, 3, 1))
+    assert [layout.stage(rank, 7, chunk) for chunk in (0, 1) for rank in (0, 1)] == [
+        StageSpec(0, 1, True, False),
+        StageSpec(1, 3, False, False),
+        StageSpec(3, 6, False, False),
+        StageSpec(6, 7, False, True),
+    ]
+    stages = layout.megatron_stages(7)
+    assert stages == [["embedding", "decoder"], ["decoder"] * 2, ["decoder"] * 3, ["decoder", "loss"]]
+    assert Layout().megatron_stages(7) is None
 
 
 def entry(name, stage, rule, vllm="same"):

@@ -1,79 +1,11 @@
-"""Log-probs, entropy, masks and denominators on one rank.
-
-Not covered: a vocabulary split over ranks (tests/distributed/test_parity.py), bfloat16 logits.
-"""
+"""Masks, denominators and statistics of losses on one rank."""
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_agent.algorithms.grpo import GRPO
-from megatron_agent.training.loss import LossStats, Supervised, microbatch_loss, vocab_parallel_logprobs
+from megatron_agent.training.loss import LossStats, Supervised, microbatch_loss
 from megatron_agent.types import MicroBatch, TrainSample
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('store')}/store", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-@pytest.mark.parametrize("vocab_size", [24, 19])  # 19: five columns of padding, with the largest logits
-def test_logprobs_and_entropy_equal_log_softmax(group, vocab_size, temperature):
-    torch.manual_seed(0)
-    logits = 3 * torch.randn(6, 24)
-    logits[:, vocab_size:] = 50.0
-    targets = torch.tensor([0, 18, 5, 5, 17, 3])
-    mine, reference = (logits.clone().requires_grad_() for _ in range(2))
-    kept = mine.detach().clone()
-    logprobs, entropy = vocab_parallel_logprobs(mine, targets, vocab_size, temperature, 0, group)
-    expected = (reference[:, :vocab_size] / temperature).log_softmax(-1)
-    expected_entropy = -(expected.exp() * expected).sum(-1)
-    assert logprobs.dtype == torch.float32
-    torch.testing.assert_close(logprobs, expected[torch.arange(6), targets], rtol=0, atol=2e-6)
-    torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=2e-6)
-    weights = torch.randn(2, 6)
-    (logprobs * weights[0] + entropy * weights[1]).sum().backward()
-    (expected[torch.arange(6), targets] * weights[0] + expected_entropy * weights[1]).sum().backward()
-    torch.testing.assert_close(mine.grad, reference.grad, rtol=0, atol=2e-6)
-    assert (mine.grad[:, vocab_size:] == 0).all() and mine.grad.abs().max() > 0.1
-    assert torch.equal(mine.detach(), kept)  # the logits are not overwritten
-
-
-def test_gradients_by_finite_differences(group):
-    torch.manual_seed(1)
-    logits, targets, weights = torch.randn(3, 8), torch.tensor([1, 6, 3]), torch.tensor([1.0, -2.0, 0.5])
-    for which in (0, 1):  # log-prob, entropy
-
-        def value(x, which=which):
-            return (vocab_parallel_logprobs(x, targets, 7, 1.3, 0, group)[which].double() * weights).sum()
-
-        x = logits.clone().requires_grad_()
-        value(x).backward()
-        for row, column in ((0, 0), (0, 1), (1, 6), (2, 3), (2, 7)):
-            step = torch.zeros_like(logits)
-            step[row, column] = 1e-2
-            with torch.no_grad():
-                slope = (value(logits + step) - value(logits - step)) / 2e-2
-            assert float(x.grad[row, column]) == pytest.approx(float(slope), abs=2e-4), (which, row, column)
-
-
-def test_large_logits_stay_finite(group):
-    logits = torch.tensor([[1e4, -1e4, 0.0], [0.0, 1e4, 1e4]], requires_grad=True)
-    logprobs, entropy = vocab_parallel_logprobs(logits, torch.tensor([1, 2]), 3, 1.0, 0, group)
-    assert logprobs.tolist() == pytest.approx([-2e4, -0.6931472], rel=1e-3)
-    assert entropy.tolist()[0] == pytest.approx(0, abs=1e-3)
-    (logprobs + entropy).sum().backward()
-    assert logits.grad.isfinite().all()
-
-
-def test_no_targets_at_all(group):
-    logits = torch.zeros(0, 8, requires_grad=True)
-    logprobs, entropy = vocab_parallel_logprobs(logits, torch.zeros(0, dtype=torch.long), 8, 1.0, 0, group)
-    assert logprobs.shape == entropy.shape == (0,)
-    (logprobs.sum() + entropy.sum()).backward()
 
 
 def batch_of(logprobs, rollout, advantages, old=None, after_image=None, samples=None):

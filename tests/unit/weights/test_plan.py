@@ -15,8 +15,9 @@ import torch
 
 from megatron_agent.errors import WeightSyncError
 from megatron_agent.models.mapping import Piece, Split, as_index, overlap, pieces, shifted, volume
+from megatron_agent.models.qwen2 import TextConfig, language_table
 from megatron_agent.models.qwen2_5_vl.vision import VisionConfig
-from megatron_agent.models.qwen2_5_vl.weights import TextConfig, language_table, vision_table
+from megatron_agent.models.qwen2_5_vl.weights import vision_table
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
 from megatron_agent.types import ShardCopy
 from megatron_agent.weights.plan import from_plain, make_plan, to_plain
@@ -35,7 +36,8 @@ MODELS = {
 
 def table_of(model, layout):
     text, vision = MODELS[model]
-    return language_table(text, layout.pipeline_parallel > 1, transformer_engine=False) + vision_table(vision), text.num_layers
+    rows = language_table(text, layout.pipeline_parallel > 1, transformer_engine=False, vllm_prefix="language_model.")
+    return rows + vision_table(vision), text.num_layers
 
 
 def random_weights(table):

@@ -1,10 +1,11 @@
-"""The language model of Qwen2.5-VL from Megatron-Core's GPT parts, one pipeline stage of it, with the vision tower.
+"""A decoder from Megatron-Core's GPT parts, one pipeline stage of it, with the vision tower where there is one.
 
 The only file that chooses between Transformer Engine layers (GPU) and local ones (CPU).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_agent.models.attention import context_index, context_parallel_attention, packed_attention
 from megatron_agent.models.base import StageSpec
-from megatron_agent.models.qwen2_5_vl.balanced_vision import BalancedVision
-from megatron_agent.models.qwen2_5_vl.vision import VisionConfig
+from megatron_agent.models.head import ValueHead, VocabularyShard, target_logprobs
 from megatron_agent.types import MicroBatch
 
 
@@ -65,47 +65,58 @@ def block_spec(config: TransformerConfig, num_layers: int) -> ModuleSpec | Trans
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=LocalRMSNorm)
 
 
-class Qwen2_5_VLStage(MegatronModule):
-    """One pipeline stage. forward(batch) -> hidden states [T, 1, h], or on the last stage the logits [R, V / tp] of the
-    targets only (a prompt's and an observation's positions never meet the vocabulary)."""
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What a stage needs beyond Megatron's config. `head`: "policy" (vocabulary) or "value" (a critic)."""
+
+    vocab_size: int
+    padded_vocab_size: int
+    rope_theta: float
+    max_positions: int
+    tied: bool
+    image_token_id: int | None = None
+    head: str = "policy"
+
+    @property
+    def shares_embedding(self) -> bool:
+        return self.tied and self.head == "policy"
+
+
+class DecoderStage(MegatronModule):
+    """One pipeline stage. forward(batch) -> hidden states [T, 1, h]; on the last stage, of the targets only (a prompt's
+    and an observation's positions never meet the head): log-probs and entropy fp32 [2, R], or a critic's values [R]."""
 
     def __init__(
         self,
         config: TransformerConfig,
         stage: StageSpec,
-        vision: VisionConfig | None,
-        image_token_id: int,
-        padded_vocab_size: int,
-        rope_theta: float,
-        max_positions: int,
-        tied: bool,
+        decoder: DecoderConfig,
+        visual: torch.nn.Module | None = None,
         chunk: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.pre_process, self.post_process = stage.is_first, stage.is_last
+        self.pre_process, self.post_process, self.options = stage.is_first, stage.is_last, decoder
         self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
-        self.share_embeddings_and_output_weights = tied
-        self.image_token_id = image_token_id
-        if stage.is_first and vision is not None:
-            self.visual = BalancedVision(vision).to(config.params_dtype)
+        self.share_embeddings_and_output_weights = decoder.shares_embedding
+        if stage.is_first and visual is not None:
+            self.visual = visual.to(config.params_dtype)
         self.language = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(config, stage.last_layer - stage.first_layer),
-            vocab_size=padded_vocab_size,
-            max_sequence_length=max_positions,
+            vocab_size=decoder.padded_vocab_size,
+            max_sequence_length=decoder.max_positions,
             pre_process=stage.is_first,
             post_process=stage.is_last,
             parallel_output=True,
-            share_embeddings_and_output_weights=tied,
+            share_embeddings_and_output_weights=decoder.shares_embedding,
             position_embedding_type="none",  # mrope_frequencies: Megatron's would slice packed rows wrongly under CP
             scatter_embedding_sequence_parallel=False,  # pictures go in first
             vp_stage=chunk,
         )
-        self.rope_theta = rope_theta
-        if stage.is_last and config.sequence_parallel:
-            # Targets are picked from the gathered rows, so the head sees whole rows and reduces their gradient itself.
-            self.language.output_layer.sequence_parallel = False
-            self.language.output_layer.allreduce_dgrad = True
+        if stage.is_last and decoder.head == "value":
+            del self.language.output_layer
+            self.language.post_process = False  # its state for checkpoints would look for the layer
+            self.value_head = ValueHead(config.hidden_size, config.params_dtype)
 
     def set_input_tensor(self, input_tensor: torch.Tensor) -> None:
         self.language.set_input_tensor(input_tensor)
@@ -115,27 +126,39 @@ class Qwen2_5_VLStage(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         state = self.language.sharded_state_dict(f"{prefix}language.", sharded_offsets, metadata)
-        if hasattr(self, "visual"):
-            state.update(replicated_sharded_state_dict(self.visual, f"{prefix}visual."))
+        for name in ("visual", "value_head"):
+            if hasattr(self, name):
+                state.update(replicated_sharded_state_dict(getattr(self, name), f"{prefix}{name}."))
         return state
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         language, config = self.language, self.config
         mine = self._context_index(batch)
         hidden = self._embed(batch, mine) if self.pre_process else None  # else: the tensor of the stage before
+        theta, sections = self.options.rope_theta, config.mrope_section
         hidden = language.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=mrope_frequencies(batch.position_ids_3T, config.kv_channels, self.rope_theta, config.mrope_section),
+            rotary_pos_emb=mrope_frequencies(batch.position_ids_3T, config.kv_channels, theta, sections),
             packed_seq_params=packed_seq_params(batch.cu_seqlens),
         )
         if not self.post_process:
             return hidden
         if config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        weight = language.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = language.output_layer(hidden[target_rows(batch, mine)], weight=weight)
-        return logits[:, 0]
+        return self._head(hidden[target_rows(batch, mine), 0], batch)
+
+    def _head(self, hidden_Rh: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        if self.options.head == "value":
+            return self.value_head(hidden_Rh)
+        group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
+        shard = VocabularyShard(self.options.vocab_size, rank, group)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.language.output_layer.weight
+        )
+        return torch.stack(target_logprobs(hidden_Rh, weight, batch.target_ids_R, shard, batch.temperature))
 
     def _context_index(self, batch: MicroBatch) -> torch.Tensor | None:
         """Which tokens of the row this rank holds; None: all."""
@@ -149,7 +172,8 @@ class Qwen2_5_VLStage(MegatronModule):
         hidden = self.language.embedding(input_ids=tokens[None], position_ids=None)
         if batch.patches_NP is not None and batch.grids_I3 is not None:
             features = self.visual(batch.patches_NP, tuple(map(tuple, batch.grids_I3.tolist())))
-            is_image = batch.token_ids_T == self.image_token_id
+            assert self.options.image_token_id is not None
+            is_image = torch.eq(batch.token_ids_T, self.options.image_token_id)
             if int(is_image.sum()) != len(features):
                 raise ValueError(f"the row has {int(is_image.sum())} image tokens, the pictures {len(features)} features")
             feature_of = is_image.cumsum(0) - 1
@@ -157,6 +181,8 @@ class Qwen2_5_VLStage(MegatronModule):
                 is_image, feature_of = is_image[mine], feature_of[mine]
             index = is_image.nonzero()[:, 0]
             hidden = hidden.index_copy(0, index, features[feature_of[index]].to(hidden.dtype)[:, None])
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()  # everything below may be frozen and the row without pictures: backward starts anyway
         return scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
 
 

@@ -1,0 +1,117 @@
+"""What stands on top of the decoder: log-probs and entropy of targets over a split vocabulary, or a critic's value.
+
+Rows of logits live for one chunk at a time, forward and backward: [targets, vocabulary] is never held (the chunked
+cross-entropy of Liger Kernel, arXiv 2410.10989, section 3.2, computed over tensor-parallel ranks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+CHUNK_BYTES = 256 << 20  # of fp32 logits at a time
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which columns of the vocabulary this rank's `weight` [V_padded / tp, h] holds; padding takes no probability."""
+
+    vocab_size: int
+    rank: int
+    group: dist.ProcessGroup
+    chunk_bytes: int = CHUNK_BYTES
+
+    def logits(self, hidden_Ch: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+        """fp32 [C, V_padded / tp], divided by the sampling temperature."""
+        logits = (hidden_Ch @ weight.t()).float().div_(temperature)
+        first_padding = self.vocab_size - self.rank * len(weight)
+        if first_padding < len(weight):
+            logits[:, max(0, first_padding) :] = -1e30  # finite: 0 * -inf would be NaN in the entropy
+        return logits
+
+    def chunks(self, num_rows: int, num_columns: int) -> Iterator[slice]:
+        size = max(1, self.chunk_bytes // (4 * num_columns))
+        return (slice(start, start + size) for start in range(0, num_rows, size))
+
+    def own(self, targets: torch.Tensor, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of the targets in this shard (clamped into it), and whether they are in it."""
+        local = targets - self.rank * num_columns
+        return local.clamp(0, num_columns - 1), (local >= 0) & (local < num_columns)
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """forward keeps two numbers a row; backward computes the logits of a chunk again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, shard: VocabularyShard, temperature: float):
+        rows = [
+            _forward_chunk(shard.logits(hidden[part], weight, temperature), targets[part], shard)
+            for part in shard.chunks(len(hidden), len(weight))
+        ]
+        empty = hidden.new_zeros(3, 0, dtype=torch.float32)
+        chosen, normaliser, mean_logit = torch.cat(rows, dim=1) if rows else empty
+        ctx.save_for_backward(hidden, weight, targets, normaliser, mean_logit)
+        ctx.shard, ctx.temperature = shard, temperature
+        return chosen - normaliser, normaliser - mean_logit
+
+    @staticmethod
+    def backward(ctx, grad_logprob, grad_entropy):
+        hidden, weight, targets, normaliser, mean_logit = ctx.saved_tensors
+        shard, wants_weight = ctx.shard, ctx.needs_input_grad[1]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        for part in shard.chunks(len(hidden), len(weight)):
+            logits = shard.logits(hidden[part], weight, ctx.temperature)
+            by_logprob, by_entropy = grad_logprob[part, None], grad_entropy[part, None]
+            probability = (logits - normaliser[part, None]).exp_()
+            # d entropy / d logit_j = p_j (mean logit - logit_j); d log-prob / d logit_j = [j is the target] - p_j
+            grad = logits.neg_().add_(mean_logit[part, None]).mul_(by_entropy).sub_(by_logprob).mul_(probability)
+            local, inside = shard.own(targets[part], len(weight))
+            grad.scatter_add_(1, local[:, None], by_logprob * inside[:, None])
+            grad = grad.div_(ctx.temperature).to(weight.dtype)
+            grad_hidden[part] = (grad @ weight).float()
+            if grad_weight is not None:
+                grad_weight += (grad.t() @ hidden[part]).float()
+        dist.all_reduce(grad_hidden, group=shard.group)
+        return grad_hidden.to(hidden.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _forward_chunk(logits: torch.Tensor, targets: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+    """-> fp32 [3, C]: the target's logit, log of the sum of exponents, mean logit; over all ranks."""
+    peak = logits.max(-1).values
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=shard.group)
+    local, inside = shard.own(targets, logits.shape[1])
+    chosen = logits.gather(1, local[:, None])[:, 0] * inside
+    exponent = (logits - peak[:, None]).exp_()
+    sums = torch.stack([chosen, exponent.sum(-1), exponent.mul_(logits).sum(-1)])
+    dist.all_reduce(sums, group=shard.group)
+    chosen, total, weighted = sums
+    return torch.stack([chosen, peak + total.log(), weighted / total])
+
+
+def target_logprobs(
+    hidden_Rh: torch.Tensor, weight: torch.Tensor, targets_R: torch.Tensor, shard: VocabularyShard, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [R, h] (the same on all ranks), weight [V_padded / tp, h], targets int64 [R] -> (log-probs [R],
+    entropy [R]) fp32, both differentiable.
+
+    `temperature` is the sampling temperature: log-probs are of the distribution that was sampled from.
+    """
+    return _TargetLogProbs.apply(hidden_Rh, weight, targets_R, shard, temperature)
+
+
+class ValueHead(torch.nn.Module):
+    """A critic's last layer, hidden [R, h] -> value fp32 [R]; the same on every tensor-parallel rank.
+
+    Starts at zero: the first estimates are 0 and the backbone is first moved when the head has learned something.
+    """
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, hidden_size, dtype=dtype))
+
+    def forward(self, hidden_Rh: torch.Tensor) -> torch.Tensor:
+        return (hidden_Rh @ self.weight.t()).float()[:, 0]
