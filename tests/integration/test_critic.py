@@ -27,7 +27,9 @@ def samples_with(store, family):
         tokens = [*prompt, *range(10, 18)]
         own = [False] * len(prompt) + [True] * 8
         zeros = [0.0] * len(tokens)
-        samples.append(TrainSample(tokens, own, zeros, zeros, [picture] if picture else [], str(index), 0.0, [False] * len(own)))
+        samples.append(
+            TrainSample(tokens, own, zeros, zeros, [picture] if picture else [], str(index), 0.0, [False] * len(own))
+        )
         samples[-1].returns_T = [float(index % 2) if is_own else 0.0 for is_own in own]
     return samples
 
