@@ -264,13 +264,13 @@ def packed_and_padded_steps(
     path: Path, samples: list[TrainSample], num_threads: int, budget_tokens: int, store: Path
 ) -> Iterator[tuple[Step, Step, float, int, int]]:
     """Steps of one model: packed, then padded (every sample to the longest, as many tokens a micro-batch); the loss of the
-    padded rows before both; micro-batches of each."""
+    padded rows before all; micro-batches of each."""
     _one_rank(num_threads, store)
     trainer = Trainer(path, Layout(), samples)
     layouts = [Layout(), PaddedLayout(multiple=max(sample.num_tokens for sample in samples))]
+    padded_loss = trainer.loss(layouts[1], budget_tokens)
     while True:
         steps, plans = [], []
-        padded_loss = trainer.loss(layouts[1], budget_tokens)
         for layout in layouts:
             trainer.model.layout = layout
             plans.append(trainer.plan(budget_tokens))

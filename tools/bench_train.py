@@ -66,8 +66,8 @@ class Sizes:
 
 
 def long_tailed(count: int, median_tokens: int, pictures: tuple[tuple[int, int], ...]) -> tuple[RowShape, ...]:
-    """Lognormal text lengths (sigma 0.9, by quantile: no luck in it), every third row with a picture."""
-    normal = statistics.NormalDist(0.0, 0.9)
+    """Lognormal text lengths (sigma 0.75, by quantile: no luck in it), every third row with a picture."""
+    normal = statistics.NormalDist(0.0, 0.75)
     shapes = []
     for i in range(count):
         tokens = round(median_tokens * 2.718281828 ** normal.inv_cdf((i + 0.5) / count))
@@ -77,13 +77,13 @@ def long_tailed(count: int, median_tokens: int, pictures: tuple[tuple[int, int],
 
 FULL = Sizes(
     ModelSize(hidden=768, ffn=3072, layers=6, heads=12, vocab=32768, vision_hidden=512, vision_ffn=1368, vision_depth=8),
-    ModelSize(hidden=512, ffn=1536, layers=8, heads=8, vocab=16384, vision_hidden=256, vision_ffn=684, vision_depth=2),
+    ModelSize(hidden=384, ffn=1024, layers=8, heads=6, vocab=8192, vision_hidden=128, vision_ffn=384, vision_depth=2),
     (
         RowShape(400, 150, ((672, 896),)),
         RowShape(260, 120, ((448, 672),)),
         RowShape(200, 80, ((448, 448),)),
     ),
-    long_tailed(32, 160, ((112, 168), (168, 224), (112, 112))),
+    long_tailed(32, 110, ((112, 168), (168, 224), (112, 112))),
     2400,
     8,
 )

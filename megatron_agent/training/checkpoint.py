@@ -190,21 +190,18 @@ def load_megatron(model: MegatronModel, folder: Path) -> None:
     import torch
     from megatron.core import dist_checkpointing
 
-    from megatron_agent.training.dist_checkpoint import DistCheckpoint
     from megatron_agent.training.optimizer_state import MASTERS, optimizer_boxes, set_optimizer_step
     from megatron_agent.training.rng import load_random_state
     from megatron_agent.training.snapshot import STEP_KEY, sharded_weights
 
-    _on_all_ranks(lambda: verified(folder, model.rank, model.layout.world_size))
-    checkpoint = _on_all_ranks(lambda: DistCheckpoint(folder))
-    weights = sharded_weights(model)
+    checkpoint, weights = opened(model, folder), sharded_weights(model)
     if not checkpoint.has_optimizer:  # converted from a Hugging Face checkpoint
-        check_keys(model, checkpoint, weights)
-        return load_weights(model, folder)
+        check_keys(checkpoint, weights)
+        return _read_weights(model, folder, weights)
     with torch.no_grad():
         has_masters = any(key.startswith(MASTERS) for key in checkpoint.metadata.state_dict_metadata)
         state = {"model": weights, "optimizer": optimizer_boxes(model, weights, has_masters)}
-        check_keys(model, checkpoint, state)
+        check_keys(checkpoint, state)
         # The optimizer's boxes are views of its tensors: they are read in place.
         loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
         for index, chunk in enumerate(model.chunks):
@@ -218,16 +215,21 @@ def load_megatron(model: MegatronModel, folder: Path) -> None:
 def load_weights(model: MegatronModel, folder: Path) -> None:
     """Weights without an optimizer's state (tools/convert.py writes such folders) into this layout. Collective.
 
-    A critic may start from a policy's: its value head stays as it is."""
+    A critic may start from a policy's: its value head stays as it is. Raises CheckpointError as `load_megatron` does.
+    """
+    from megatron_agent.training.snapshot import sharded_weights
+
+    checkpoint, wanted = opened(model, folder), sharded_weights(model)
+    if VALUE_HEAD not in checkpoint.tensors:
+        wanted = {chunk: {name: part for name, part in state.items() if name != VALUE_HEAD} for chunk, state in wanted.items()}
+    check_keys(checkpoint, wanted, whole=False)
+    _read_weights(model, folder, wanted)
+
+
+def _read_weights(model: MegatronModel, folder: Path, wanted: dict[str, Any]) -> None:
     import torch
     from megatron.core import dist_checkpointing
 
-    from megatron_agent.training.dist_checkpoint import DistCheckpoint
-    from megatron_agent.training.snapshot import sharded_weights
-
-    wanted = sharded_weights(model)
-    if VALUE_HEAD not in DistCheckpoint(folder).tensors:
-        wanted = {chunk: {name: part for name, part in state.items() if name != VALUE_HEAD} for chunk, state in wanted.items()}
     with torch.no_grad():
         loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
         for index, chunk in enumerate(model.chunks):
@@ -235,18 +237,24 @@ def load_weights(model: MegatronModel, folder: Path) -> None:
     model.optimizer.reload_model_params()
 
 
-def verified(folder: Path, rank: int, num_ranks: int) -> Path:
-    """`folder`, of which this rank has compared its share with the checksums. Raises CheckpointError."""
-    items, unchecked = read_checksums(folder)
-    if unchecked and rank == 0:
-        log.warning("%s: its tensors have no checksums: %s", folder, unchecked)
-    if problem := first_problem(folder, share(items, rank, num_ranks)):
-        raise CheckpointError(problem)
-    return folder
+def opened(model: MegatronModel, folder: Path) -> DistCheckpoint:
+    """The checkpoint, compared with its checksums, a share by each rank. Raises CheckpointError on all. Collective."""
+    from megatron_agent.training.dist_checkpoint import DistCheckpoint
+
+    def verify() -> None:
+        items, unchecked = read_checksums(folder)
+        if unchecked and model.rank == 0:
+            log.warning("%s: its tensors have no checksums: %s", folder, unchecked)
+        if problem := first_problem(folder, share(items, model.rank, model.layout.world_size)):
+            raise CheckpointError(problem)
+
+    _on_all_ranks(verify)
+    return _on_all_ranks(lambda: DistCheckpoint(folder))
 
 
-def check_keys(model: MegatronModel, checkpoint: DistCheckpoint, state: dict[str, Any]) -> None:
-    """Raises CheckpointError on every rank when the tensors in `state` are not those of the checkpoint. Collective."""
+def check_keys(checkpoint: DistCheckpoint, state: dict[str, Any], whole: bool = True) -> None:
+    """Raises CheckpointError on every rank when the tensors in `state` are not those of the checkpoint, or (`whole`) not all
+    of its weights. Collective."""
     import torch.distributed as dist
 
     from megatron_agent.training.optimizer_state import wanted_shapes
@@ -258,7 +266,7 @@ def check_keys(model: MegatronModel, checkpoint: DistCheckpoint, state: dict[str
     problems = [f"{key!r} has shape {list(stored[key])}, this model's has {list(shape)}"
                 for key, shape in wanted.items() if shape is not None and stored.get(key, shape) != shape]  # fmt: skip
     problems += [f"{key!r} is missing" for key in wanted if key not in stored]
-    problems += [f"{key!r} is not of this model" for key in checkpoint.keys if key not in wanted]
+    problems += [f"{key!r} is not of this model" for key in checkpoint.keys if whole and key not in wanted]
     if problems:
         raise CheckpointError(
             f"{checkpoint.folder}: a checkpoint of another model, or of one with other frozen parts: {problems[0]} "
@@ -270,14 +278,13 @@ def _on_all_ranks(work: Callable[[], T]) -> T:
     """The result of `work`. Raises the first rank's CheckpointError on all of them: none goes on alone. Collective."""
     import torch.distributed as dist
 
-    result, problem = None, None
+    problem = ""
     try:
         result = work()
     except CheckpointError as error:
         problem = str(error)
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    if first := next((text for text in problems if text), None):
-        raise CheckpointError(first)
-    assert result is not None
+    if any(problems):
+        raise CheckpointError(next(filter(None, problems)))
     return result

@@ -77,7 +77,9 @@ def digest(model):
 
 
 def whole_run(path, layout, root, dtype="float32"):
-    """Four steps without a stop, with a checkpoint after the second that is written while the third and fourth go on."""
+    """Four steps without a stop, with a checkpoint after the second whose files are written after the fourth."""
+    import threading
+
     import torch.distributed as dist
 
     from megatron_agent.training.checkpoint import begin_checkpoint, finish_checkpoint
@@ -91,9 +93,12 @@ def whole_run(path, layout, root, dtype="float32"):
         begin_checkpoint(root, 2)
     dist.barrier()
     aside = root / ".step_00000002.partial"
+    slow_disk = threading.Event()
+    saver._threads.submit(slow_disk.wait)
     saver.start(aside)
     saved, state, numbers = digest(run.model), run.state(), draw()
     after = run.take(2)
+    slow_disk.set()
     saver.wait()
     dist.barrier()
     if run.model.rank == 0:

@@ -56,7 +56,7 @@ def saved(ranks, tiny_models, tmp_path_factory):
     ("layout", "dtype"), [(TP2, "float32"), (PP2, "float32"), (TP2DP2, "bfloat16")], ids=["tp2", "pp2", "tp2dp2 bf16"]
 )
 def test_a_resume_is_exact(saved, ranks, layout, dtype):
-    """Also that what is saved is the state of its moment: the third and fourth step ran while it was written."""
+    """Also that what is saved is the state of its moment: the files were written after the third and fourth step."""
     root, whole = saved.run(layout, dtype)
     again = ranks.run(layout.world_size, jobs.second_half, saved.path, layout, root, dtype)
     for one, other in zip(whole, again, strict=True):
@@ -184,12 +184,11 @@ def test_a_converted_checkpoint_says_that_its_tensors_are_unchecked(ranks, tiny_
         assert bad == "" and ".metadata: damaged" in good
 
 
-@pytest.mark.parametrize(("layout", "seed"), [("tp2", 1), ("pp2", 2)])
-def test_kill_9_while_saving(tmp_path, layout, seed):
-    """Every resume is from the newest complete checkpoint and exact; half of the kills are at random moments."""
+def test_kill_9_while_saving(tmp_path):
+    """Every resume is from the newest complete checkpoint and exact; half of the kills are aimed, the others random."""
     command = [sys.executable, "-W", "ignore", "tools/kill_checkpoints.py", "--kills", "10", "--quiet"]
-    command += ["--layout", layout, "--seed", str(seed), "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    command += ["--layout", "tp2", "--seed", "1", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == 10 and counts["resumes compared"] >= 9
