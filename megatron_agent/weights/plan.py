@@ -14,20 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import NamedTuple
 
 from megatron_agent.errors import ConfigError, WeightSyncError
 from megatron_agent.models.mapping import Entry, Piece, Rule, Shape
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
 from megatron_agent.types import ShardCopy, Slices
-from megatron_agent.weights.template import Lane, Template
-from megatron_agent.weights.topology import Topology, Traffic
+from megatron_agent.weights.routes import Flow, Router, cheapest
+from megatron_agent.weights.schedule import Turn, fill_buckets, num_buckets, scheduled_s, take_turns
+from megatron_agent.weights.template import Template
+from megatron_agent.weights.topology import Place, Topology
 
 TOWER = "visual."  # what a family calls its tower for pictures (models/base.py)
-MIN_SPLIT_ELEMENTS = 1 << 18  # smaller boxes are not cut to balance senders; of a small model, this fraction of a shard:
-MIN_SPLIT_FRACTION = 1 / 256
-RELAY_MARGIN = 1.05  # a plan with more relays must be faster by this factor
-BALANCING_SWEEPS = 4
 
 
 @dataclass(frozen=True)
@@ -76,31 +73,6 @@ class Unsplit:
         return self.rule.boxes(shape, 0, 1)
 
 
-class Flow(NamedTuple):
-    """A stretch of a lane that one training rank sends to one replica."""
-
-    rank: int
-    lane: int
-    replica: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Routes:
-    """One way to deal the lanes: the first replica of every chain is sent to, each next one gets it from the one before."""
-
-    chains: tuple[tuple[int, ...], ...]
-    flows: tuple[Flow, ...]
-    traffic: Traffic
-    fill_s: float  # until the last replica of the longest chain has its first bucket
-
-    @property
-    def seconds(self) -> float:
-        """Lower bound of a sync: the busiest link, and the filling of the chains."""
-        return self.traffic.busiest_s() + self.fill_s
-
-
 class TransferPlan:
     """The copies of every rank, for `replicas` engines; a rollout rank is replica x tensor_parallel + tensor rank.
 
@@ -124,22 +96,17 @@ class TransferPlan:
         relay: bool = True,
     ) -> None:
         self.template, self.topology, self.element_bytes = template, topology, element_bytes
-        self._min_split = min(MIN_SPLIT_ELEMENTS, int(min(template.sizes) * MIN_SPLIT_FRACTION))
         self.replicas, self.tensor_parallel = replicas, len(template.shapes)
-        self.groups = [tuple(ranks) for ranks in groups]
-        self._group_of = {rank: group for group, ranks in enumerate(self.groups) for rank in ranks}
+        self._group_of = {rank: group for group, ranks in enumerate(groups) for rank in ranks}
         self._check_places()
-        fan_out = self._routes(replicas)
-        self.limit_s = fan_out.traffic.busiest_s("_in")  # the receivers' own links, whoever sends
-        self.candidates = {replicas: fan_out}
-        for num_chains in self._chain_counts(fan_out) if relay else []:
-            self.candidates[num_chains] = self._routes(num_chains)
-        fastest = min(routes.seconds for routes in self.candidates.values())
-        self.routes = self.candidates[max(n for n, r in self.candidates.items() if r.seconds <= RELAY_MARGIN * fastest)]
+        self.candidates = Router(template, groups, replicas, topology, element_bytes).candidates(relay)
+        self.limit_s = self.candidates[replicas].traffic.busiest_s("_in")  # the receivers' own links, whoever sends
+        self.routes = cheapest(self.candidates)
         self._next = dict(pair for chain in self.routes.chains for pair in pairwise(chain))
         self._before = {after: before for before, after in self._next.items()}
         self._first = {replica: chain[0] for chain in self.routes.chains for replica in chain}
         self._cache: dict[object, list[ShardCopy]] = {}
+        self._buckets: dict[tuple[int, int], list[list[ShardCopy]]] = {}
 
     def _check_places(self) -> None:
         for side, places, count in (
@@ -173,6 +140,54 @@ class TransferPlan:
 
     def relays_to(self, replica: int) -> int | None:
         return self._next.get(replica)
+
+    @cached_property
+    def pair_bytes(self) -> dict[tuple[int, int], int]:
+        """What each training rank sends to each rollout rank (those that the trainer sends to)."""
+        found: dict[tuple[int, int], int] = defaultdict(int)
+        for flow in self.routes.flows:
+            target = flow.replica * self.tensor_parallel + self.template.lanes[flow.lane].tensor_rank
+            found[flow.rank, target] += (flow.stop - flow.start) * self.element_bytes
+        return dict(found)
+
+    @cached_property
+    def turns(self) -> list[Turn]:
+        """The order of all buckets that training ranks send, those within a device and a node first; a relay passes a bucket
+        on when it has it."""
+        turns: list[Turn] = []
+        for link in ("local", "nvlink", "nic"):
+            pairs = {pair: n for pair, n in self.pair_bytes.items() if self.topology.link(*self._places(pair)) == link}
+            first = turns[-1].round + 1 if turns else 0
+            turns += [t._replace(round=t.round + first) for t in take_turns(pairs, self.topology.bucket_bytes)]
+        return turns
+
+    def _places(self, pair: tuple[int, int]) -> tuple[Place, Place]:
+        return self.topology.training[pair[0]], self.topology.rollout[pair[1]]
+
+    def sender_turns(self, rank: int) -> list[Turn]:
+        return [turn for turn in self.turns if turn.rank == rank]
+
+    def receiver_turns(self, replica: int, tensor_rank: int) -> list[Turn]:
+        """In this order buckets come in, from the trainer or from the replica before this one."""
+        rollout_rank = self._first[replica] * self.tensor_parallel + tensor_rank
+        return [turn for turn in self.turns if turn.rollout_rank == rollout_rank]
+
+    def buckets(self, rank: int, rollout_rank: int) -> list[list[ShardCopy]]:
+        """The copies of every bucket that goes from a training rank to a rollout rank, directly or along a chain."""
+        key = (rank, rollout_rank)
+        if key not in self._buckets:
+            replica, tensor_rank = divmod(rollout_rank, self.tensor_parallel)
+            first = self._first[replica]
+            flows = [flow for flow in self._flows_by_target[first, tensor_rank] if flow.rank == rank]
+            count = num_buckets(self.pair_bytes[rank, first * self.tensor_parallel + tensor_rank], self.topology.bucket_bytes)
+            copies = [replace(copy, dst_rank=rollout_rank) for copy in self._copies(flows)]
+            self._buckets[key] = fill_buckets(copies, count)
+        return self._buckets[key]
+
+    @property
+    def scheduled_s(self) -> float:
+        """Seconds when ranks take their turns one after the other (`bound`: all links busy at once)."""
+        return scheduled_s(self.turns, self.pair_bytes, self.topology) + self.routes.fill_s
 
     def check_engine(self, tensor_rank: int, shapes: Mapping[str, Shape | None]) -> None:
         """Raise WeightSyncError unless these are the parameters that the plan fills on a vLLM rank.
@@ -240,138 +255,6 @@ class TransferPlan:
         for flow in self.routes.flows:
             flows[flow.replica, self.template.lanes[flow.lane].tensor_rank].append(flow)
         return flows
-
-    def _chain_counts(self, fan_out: Routes) -> list[int]:
-        """Numbers of chains worth costing: powers of two, and the most that the senders carry while receivers are busy."""
-        counts = {1 << i for i in range(self.replicas.bit_length())}
-        busiest_s = fan_out.traffic.busiest_s("_out")
-        if busiest_s:
-            counts.add(int(self.replicas * self.limit_s / busiest_s))
-        return sorted(n for n in counts if 0 < n < self.replicas)
-
-    def _routes(self, num_chains: int) -> Routes:
-        bounds = [self.replicas * i // num_chains for i in range(num_chains + 1)]
-        chains = tuple(tuple(range(first, last)) for first, last in pairwise(bounds))
-        flows = self._deal([chain[0] for chain in chains])
-        traffic, tp, fill_s = Traffic(self.topology), self.tensor_parallel, 0.0
-        for flow in flows:
-            target = flow.replica * tp + self.template.lanes[flow.lane].tensor_rank
-            traffic.send(flow.rank, target, (flow.stop - flow.start) * self.element_bytes)
-        for chain in chains:
-            chain_s = 0.0
-            for before, after in pairwise(chain):
-                hops = [(before * tp + rank, after * tp + rank) for rank in range(tp)]
-                for rank, hop in enumerate(hops):
-                    traffic.relay(*hop, self.template.sizes[rank] * self.element_bytes)
-                places = [(self.topology.rollout[a], self.topology.rollout[b]) for a, b in hops]
-                slowest = min(self.topology.bytes_per_s(*pair) for pair in places)
-                chain_s += self.topology.bucket_bytes / slowest + self.topology.hop_latency_s
-            fill_s = max(fill_s, chain_s)
-        return Routes(chains, tuple(flows), traffic, fill_s)
-
-    def _deal(self, heads: Sequence[int]) -> list[Flow]:
-        """Every lane to every head, over the ranks that are nearest, balanced among those."""
-        pools: dict[tuple[tuple[int, ...], int | None], _Pool] = {}
-        flows = []
-        for replica in heads:
-            for index, lane in enumerate(self.template.lanes):
-                holders = self._holders(lane.groups)
-                place = self.topology.rollout[replica * self.tensor_parallel + lane.tensor_rank]
-                if place in holders.at:
-                    flows.append(Flow(holders.at[place], index, replica, 0, lane.size))
-                    continue
-                node = place.node if place.node in holders.on_node else None
-                key = (lane.groups, node)
-                if key not in pools:
-                    ranks = holders.ranks if node is None else holders.on_node[node]
-                    pools[key] = _Pool(ranks, "nic" if node is None else "nvlink")
-                pools[key].units.append((replica, index))
-                pools[key].size += lane.size
-        balance([pools[key] for key in sorted(pools, key=lambda k: (len(pools[k].ranks), k[0], -1 if k[1] is None else k[1]))])
-        for pool in pools.values():
-            flows += pool.flows(self.template.lanes, self._min_split)
-        return flows
-
-    def _holders(self, groups: tuple[int, ...]) -> _Holders:
-        cache: dict[tuple[int, ...], _Holders] = self.__dict__.setdefault("_holders_cache", {})
-        if groups not in cache:
-            ranks = sorted(rank for group in groups for rank in self.groups[group])
-            cache[groups] = _Holders(tuple(ranks), self.topology)
-        return cache[groups]
-
-
-class _Holders:
-    """The ranks of a set of groups, and where they sit."""
-
-    def __init__(self, ranks: tuple[int, ...], topology: Topology) -> None:
-        self.ranks = ranks
-        self.at = {topology.training[rank]: rank for rank in ranks}
-        on_node = defaultdict(list)
-        for rank in ranks:
-            on_node[topology.training[rank].node].append(rank)
-        self.on_node = {node: tuple(members) for node, members in on_node.items()}
-
-
-class _Pool:
-    """Whole lanes to be sent to some replicas by some ranks, each of which holds all of it; sizes in elements."""
-
-    def __init__(self, ranks: tuple[int, ...], link: str) -> None:
-        self.ranks, self.link, self.size = ranks, link, 0
-        self.units: list[tuple[int, int]] = []  # (replica, lane)
-        self.shares = [0] * len(ranks)
-
-    def flows(self, lanes: Sequence[Lane], min_split: int) -> list[Flow]:
-        """The units laid end to end and cut by the shares: a rank sends to few receivers."""
-        found, dealt, sender = [], 0, 0
-        stop_of_sender = self.shares[0]
-        for replica, index in self.units:
-            size, start = lanes[index].size, 0
-            while start < size:
-                while dealt + start >= stop_of_sender and sender + 1 < len(self.ranks):
-                    sender += 1
-                    stop_of_sender += self.shares[sender]
-                last = sender + 1 == len(self.ranks)
-                stop = size if last else lanes[index].snap(min(size, stop_of_sender - dealt), min_split)
-                if stop > start:
-                    found.append(Flow(self.ranks[sender], index, replica, start, stop))
-                    start = stop
-                elif not last:  # the cut was moved back to where this stretch begins
-                    sender += 1
-                    stop_of_sender += self.shares[sender]
-            dealt += size
-        return found
-
-
-def balance(pools: Sequence[_Pool]) -> None:
-    """Set the shares of all pools so that the load of every rank is as equal as can be, for each kind of link.
-
-    Pools share ranks (a rank sends its own shards and some of what is replicated), so each is refilled in turn, given
-    the others, until that settles.
-    """
-    loads: dict[tuple[str, int], int] = defaultdict(int)
-    for _ in range(BALANCING_SWEEPS):
-        for pool in pools:
-            keys = [(pool.link, rank) for rank in pool.ranks]
-            for key, share in zip(keys, pool.shares):
-                loads[key] -= share
-            pool.shares = water_fill([loads[key] for key in keys], pool.size)
-            for key, share in zip(keys, pool.shares):
-                loads[key] += share
-
-
-def water_fill(loads: Sequence[int], amount: int) -> list[int]:
-    """Shares of `amount` that leave the highest of loads + shares as low as it can be."""
-    order = sorted(range(len(loads)), key=lambda i: (loads[i], i))
-    total = 0
-    for count, index in enumerate(order, 1):
-        total += loads[index]
-        if count == len(order) or loads[order[count]] * count - total >= amount:
-            break
-    level, rest = divmod(amount + total, count)
-    shares = [0] * len(loads)
-    for at, index in enumerate(order[:count]):
-        shares[index] = level - loads[index] + (at < rest)
-    return shares
 
 
 def make_plan(sources: Sequence[Sequence[Piece]], targets: Sequence[Sequence[Piece]]) -> list[ShardCopy]:

@@ -159,7 +159,7 @@ def _parts(held: dict[str, dict[Slices, list[Holding]]], pieces: Sequence[Piece]
             )
     merged: list[Part] = []
     for parts in by_param.values():
-        for part in sorted(parts, key=lambda p: p.box):
+        for part in parts:
             joined = _joined(merged[-1], part) if merged else None
             if joined:
                 merged[-1] = joined

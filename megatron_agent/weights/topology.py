@@ -43,9 +43,9 @@ class Topology:
     hop_latency_s: float = 5e-5  # of a bucket on its way over one relay, besides its transfer
 
     def __post_init__(self) -> None:
-        for name in ("nic_gbps", "nvlink_gbps"):
+        for name in ("nic_gbps", "nvlink_gbps", "bucket_bytes"):
             if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: the speed of a link is above 0")
+                raise ConfigError(f"{name}={getattr(self, name)}: give a number above 0")
         for side in ("training", "rollout"):
             twice = [place for place, count in Counter(getattr(self, side)).items() if count > 1]
             if twice:
@@ -73,9 +73,16 @@ class Topology:
     def num_devices(self) -> int:
         return len({*self.training, *self.rollout})
 
-    def bytes_per_s(self, source: Place, target: Place) -> float:
-        """Between two devices; the same device is not asked for."""
-        return (self.nvlink_gbps if source.node == target.node else self.nic_gbps) * BYTES_PER_S
+    def link(self, source: Place, target: Place) -> str:
+        """What carries bytes between two devices: "local", "nvlink" or "nic"."""
+        if source == target:
+            return "local"
+        return "nvlink" if source.node == target.node else "nic"
+
+    def seconds(self, num_bytes: float, source: Place, target: Place) -> float:
+        """At the full speed of the link; within a device it takes none."""
+        kind = self.link(source, target)
+        return 0.0 if kind == "local" else num_bytes / ((self.nvlink_gbps if kind == "nvlink" else self.nic_gbps) * BYTES_PER_S)
 
 
 @dataclass
@@ -99,10 +106,10 @@ class Traffic:
             self.relayed[from_rank] += num_bytes
 
     def _carry(self, source: Place, target: Place, num_bytes: int) -> bool:
-        if source == target:
+        kind = self.topology.link(source, target)
+        if kind == "local":
             self.local_bytes += num_bytes
             return False
-        kind = "nvlink" if source.node == target.node else "nic"
         self.links[Link(f"{kind}_out", source)] += num_bytes
         self.links[Link(f"{kind}_in", target)] += num_bytes
         return True
