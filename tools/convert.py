@@ -68,10 +68,10 @@ def hf_to_megatron(source: Path, out: Path, layout: Layout, workers: int = 2, qu
     order = {name: (str(region.file), region.offset) for name, region in regions.items()}
     chunks.sort(key=lambda chunk: min(order[part.hf_name] for part in chunk.parts))  # the source is read front to back
     with written_aside(out, hf.num_bytes(source) + SPARE_BYTES) as aside:
-        places = write_skeleton(aside, chunks, dtypes)
+        views = [_view_of(chunk, regions, dtypes) for chunk in chunks]
+        targets = list(zip(write_skeleton(aside, chunks, dtypes, list(map(_start, views))), views))
         carry(source, aside / HF_FOLDER)
         hf.write(aside / HF_FOLDER / LAYOUT_FILE)
-        targets = [(place, _view_of(chunk, regions, dtypes)) for place, chunk in zip(places, chunks)]
         with progress(sum(view.num_bytes for _, view in targets), out, quiet) as bar:
             fill(targets, bar.update, workers)
 
@@ -93,6 +93,12 @@ def _view_of(chunk: Chunk, regions: dict[str, Region], dtypes: dict[str, torch.d
         box = tuple((start - at, stop - at) for (start, stop), at in zip(part.box, origin))
         copies.append(Copy(regions[part.hf_name], part.hf_slice, box))
     return View(chunk.shape, dtypes[chunk.key], tuple(copies))
+
+
+def _start(view: View) -> int:
+    """Where in its file a view starts, or would if its first rows were there."""
+    first = view.copies[0]
+    return first.source.offset + (first.source_slice[0][0] - first.target_slice[0][0]) * first.source.row_bytes
 
 
 def megatron_to_hf(source: Path, out: Path, like: Path | None, workers: int = 2, quiet: bool = False) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata as KeyMetadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.utils.serialization import config
 
 from megatron_agent.errors import CheckpointError
 from megatron_agent.models.base import ModelFamily
@@ -35,6 +36,9 @@ from megatron_agent.training.layout import Layout, holds
 from megatron_agent.training.regions import Copy, Region, View, whole_box
 from megatron_agent.types import Slices
 
+PAGE_BYTES = 4096
+LINED_UP_BYTES = 1 << 20  # chunks of at least this; a record that lines up takes some 30 KB more
+STORAGE_ALIGNMENT = 64  # torch.save's own
 FORMAT_FILE, COMMON_FILE = "metadata.json", "common.pt"
 FORMAT = dict(sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1)
 OPTIMIZER_PREFIX = "optimizer."
@@ -117,10 +121,14 @@ def plan_chunks(table: Sequence[Entry], layout: Layout) -> list[Chunk]:
     return list(found.values())
 
 
-def write_skeleton(folder: Path, chunks: Sequence[Chunk], dtypes: dict[str, torch.dtype]) -> list[Region]:
+def write_skeleton(
+    folder: Path, chunks: Sequence[Chunk], dtypes: dict[str, torch.dtype], page_offsets: Sequence[int] | None = None
+) -> list[Region]:
     """A checkpoint folder with room for `chunks` (dtype by key) -> where each chunk's bytes go.
 
     The tensors' bytes are holes in the files: they are filled afterwards in any order, with a block in memory.
+    `page_offsets`: per chunk, where in a page its bytes start at their source. Large chunks then start so too: the kernel
+    copies page by page, and pages that do not line up cost it half as much again.
     """
     sizes: dict[str, Shape] = {}
     num_layers = 1 + max((c.layer for c in chunks if c.layer is not None), default=-1)
@@ -128,19 +136,22 @@ def write_skeleton(folder: Path, chunks: Sequence[Chunk], dtypes: dict[str, torc
         ends = tuple(stop for _, stop in chunk.box)
         sizes[chunk.key] = tuple(map(max, ends, sizes.get(chunk.key, ends)))
     items: dict[MetadataIndex, tuple[int, WriteItem]] = {}
-    for chunk in chunks:
+    in_page: dict[MetadataIndex, int] = {}
+    for number, chunk in enumerate(chunks):
         stacked = chunk.layer is not None
         size = (*((num_layers,) if stacked else ()), *sizes[chunk.key])
         at = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(((1,) if stacked else ()) + chunk.shape))
         data = TensorWriteData(at, TensorProperties(dtype=dtypes[chunk.key]), torch.Size(size))
         index = MetadataIndex(chunk.key, chunk.offsets)
         items[index] = (chunk.rank, WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        if page_offsets is not None and prod(chunk.shape) * dtypes[chunk.key].itemsize >= LINED_UP_BYTES:
+            in_page[index] = page_offsets[number] % PAGE_BYTES
         for name in _extra_states(chunk, num_layers):
             index = MetadataIndex(name)
             items.setdefault(index, (chunk.rank, WriteItem(index, WriteItemType.BYTE_IO)))
     ranks = [[item for rank, item in items.values() if rank == r] for r in range(1 + max(c.rank for c in chunks))]
     plans, metadata = create_default_global_save_plan([SavePlan(rank_items) for rank_items in ranks])
-    results = [_write_holes(folder / f"__{rank}_0.distcp", plan.items) for rank, plan in enumerate(plans)]
+    results = [_write_holes(folder / f"__{rank}_0.distcp", plan.items, in_page) for rank, plan in enumerate(plans)]
     FileSystemWriter(folder).finish(metadata, results)
     torch.save({}, folder / COMMON_FILE)
     (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
@@ -149,16 +160,20 @@ def write_skeleton(folder: Path, chunks: Sequence[Chunk], dtypes: dict[str, torc
     return [checkpoint.region(chunk.key, torch.Size(chunk.offsets), chunk.layer) for chunk in chunks]
 
 
-def _write_holes(file: Path, items: Sequence[WriteItem]) -> list[WriteResult]:
+def _write_holes(file: Path, items: Sequence[WriteItem], in_page: dict[MetadataIndex, int]) -> list[WriteResult]:
     """What FileSystemWriter.write_data does, but to a stream that can seek over the bytes of a tensor."""
     results = []
     try:
         with open(file, "wb") as stream, torch.serialization.skip_data():
             for item in items:
+                if item.index in in_page:
+                    stream.seek((in_page[item.index] - stream.tell()) % PAGE_BYTES, os.SEEK_CUR)
                 start = stream.tell()
                 data = item.tensor_data
-                # Layers without FP8 state write [None].
-                torch.save([None] if data is None else torch.empty(data.chunk.sizes, dtype=data.properties.dtype), stream)
+                alignment = PAGE_BYTES if item.index in in_page else STORAGE_ALIGNMENT
+                with config.patch("save.storage_alignment", alignment):  # type: ignore[attr-defined]
+                    # Layers without FP8 state write [None].
+                    torch.save([None] if data is None else torch.empty(data.chunk.sizes, dtype=data.properties.dtype), stream)
                 info = _StorageInfo(file.name, start, stream.tell() - start)
                 results.append(WriteResult(item.index, info.length, info))
     except RuntimeError as error:  # torch's, in place of the OSError that it met

@@ -37,7 +37,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-WRITE_BACK_BYTES = 16 << 20
+WRITE_BACK_BYTES = 4 << 20
 Advance = Callable[[int], object]  # called with the number of bytes just written
 
 
