@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+MAX_RUNS = 64  # launches of a kernel per call; beyond, gathering costs less
+
 
 def packed_attention(
     query_THD: torch.Tensor,
@@ -21,24 +23,53 @@ def packed_attention(
 ) -> torch.Tensor:
     """Scaled dot-product attention inside each segment [bounds[i], bounds[i + 1]) of T packed tokens -> [T, H, D].
 
-    H query heads share G key and value heads (H a multiple of G). Segments of equal length are computed as one
-    batch: rollouts of one task, windows and pictures of one size mostly are.
+    H query heads share G key and value heads (H a multiple of G). Neighbours of equal length are computed as one batch,
+    where they lie; where that makes many batches (windows and their rims) all segments of one length are gathered.
     """
+    runs = _runs(bounds)
+    if len(runs) > MAX_RUNS:
+        return _gathered_attention(query_THD, key_TGD, value_TGD, bounds, causal, scale)
+    outputs = []
+    for start, length, count in runs:
+        q, k, v = (x[start : start + length * count].unflatten(0, (count, length)) for x in (query_THD, key_TGD, value_TGD))
+        outputs.append(_attention(q, k, v, causal, scale).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _runs(bounds: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first token, length, number) of neighbouring segments of equal length."""
+    runs: list[tuple[int, int, int]] = []
+    for start, stop in zip(bounds, bounds[1:]):
+        if stop > start:
+            first, length, count = runs[-1] if runs else (start, 0, 0)
+            if length == stop - start:
+                runs[-1] = (first, length, count + 1)
+            else:
+                runs.append((start, stop - start, 1))
+    return runs
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float | None) -> torch.Tensor:
+    """[segments, length, heads, D] -> the same."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped, several = q.shape[1] != k.shape[1], q.shape[2] > 1
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and several, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _gathered_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Sequence[int], causal: bool, scale: float | None
+) -> torch.Tensor:
     by_length: dict[int, list[int]] = defaultdict(list)
     for start, stop in zip(bounds, bounds[1:]):
         if stop > start:
             by_length[stop - start].append(start)
     outputs, order = [], []
     for length, starts in by_length.items():
-        rows = torch.as_tensor(starts, device=query_THD.device)[:, None] + torch.arange(length, device=query_THD.device)
-        q, k, v = (x[rows].transpose(1, 2) for x in (query_THD, key_TGD, value_TGD))  # [segments, heads, length, D]
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale, enable_gqa=grouped)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        rows = torch.as_tensor(starts, device=query.device)[:, None] + torch.arange(length, device=query.device)
+        outputs.append(_attention(query[rows], key[rows], value[rows], causal, scale).flatten(0, 1))
         order.append(rows.flatten())
-    if len(order) == 1 and len(by_length) == 1 and bounds[0] == 0:
-        return outputs[0]  # segments of one length lie in order already
-    inverse = torch.empty(query_THD.shape[0], dtype=torch.long, device=query_THD.device)
+    inverse = torch.empty(query.shape[0], dtype=torch.long, device=query.device)
     index = torch.cat(order)
     inverse[index] = torch.arange(index.shape[0], device=index.device)
     return torch.cat(outputs)[inverse]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.errors import TrainingError
 from megatron_agent.models.attention import context_index
-from megatron_agent.models.base import ModelFamily
+from megatron_agent.models.base import ModelFamily, StageSpec
 from megatron_agent.training import cpu
 from megatron_agent.training.checkpoint import load_hf_shards
 from megatron_agent.training.critic import ValueObjective
@@ -249,9 +249,10 @@ class MegatronModel:
         # The stages of a pipeline exchange tensors of one agreed length.
         pad_to = [longest if layout.pipeline_parallel > 1 else padded_length(row, layout.row_multiple) for row in rows]
 
-        def batches() -> Iterator[MicroBatch]:
+        def batches(stage: StageSpec) -> Iterator[MicroBatch]:
+            of_stage = pixels if stage.is_first else None
             for ids, length in zip(microbatches, pad_to):
-                batch = build_microbatch(samples, ids, self.family, pixels, length, multiple)
+                batch = build_microbatch(samples, ids, self.family, of_stage, length, multiple)
                 yield to_device(replace(batch, temperature=self.temperature))
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
@@ -260,7 +261,7 @@ class MegatronModel:
 
         get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=[batches() for _ in self.ddp] if len(self.ddp) > 1 else batches(),
+            data_iterator=[batches(stage) for stage in self.stages] if len(self.ddp) > 1 else batches(self.stages[0]),
             model=self.ddp,
             num_microbatches=len(microbatches),
             seq_length=longest,  # of the whole row; Megatron divides by the context and sequence parallel degrees

@@ -78,13 +78,13 @@ def build_microbatch(
     samples: Sequence[TrainSample],
     sample_ids: Sequence[int],
     family: ModelFamily,
-    pixels: Pixels,
+    pixels: Pixels | None,
     pad_to: int = 0,
     segment_multiple: int = 1,
 ) -> MicroBatch:
     """Tensors of one packed row. Every sample is padded at its end to a multiple of `segment_multiple` tokens (causal
     attention hides that), and `pad_to` > T appends a segment of padding; no target refers to either. No samples: a row
-    of nothing but padding."""
+    of nothing but padding. `pixels` None: without the patches, which only the first stage of a pipeline needs."""
     if not sample_ids:
         pad_to = max(pad_to, segment_multiple, 1)
     rows = [samples[i] for i in sample_ids]
@@ -101,8 +101,8 @@ def build_microbatch(
         tokens.append(np.zeros(padding, dtype=np.int64))
         positions.append(np.zeros((3, padding), dtype=np.int64))
         bounds.append(pad_to)
-    images = [ref for row in rows for ref in row.images]
-    patches = np.concatenate([family.patches(pixels(ref)) for ref in images]) if images else None
+    images = [ref for row in rows for ref in row.images] if pixels is not None else []
+    patches = np.concatenate([family.patches(pixels(ref)) for ref in images]) if pixels is not None and images else None
 
     def gather(values: list[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(_joined([np.asarray(v)[t] for v, t in zip(values, targets)]), dtype=dtype)
