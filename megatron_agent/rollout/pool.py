@@ -37,6 +37,11 @@ class EnginePool:
         """Those that are alive, as far as the pool has seen."""
         return list(self._handles.values())
 
+    @property
+    def alive(self) -> set[int]:
+        """Their indices."""
+        return set(self._handles)
+
     def engine_for(self, trajectory_id: str) -> int:
         """Index of the engine that serves this trajectory. Raises EngineError when none is left."""
         index = self._engine_of.get(trajectory_id)

@@ -226,13 +226,14 @@ class Actor:
         plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch, self.layout.data_parallel, fewest)
         return interleavable(plan, self.layout)
 
-    async def send_weights(self, plan: list[ShardCopy], folder: Path) -> list[int]:
-        """Every rank writes its shards -> checksums in plan order."""
-        import ray
+    async def set_receivers(self, copies: Sequence[list[ShardCopy]]) -> None:
+        """`copies[rank]`: what a rank sends in every weight sync."""
+        calls = [worker.set_receivers.remote(mine) for worker, mine in zip(self.workers, copies, strict=True)]
+        await asyncio.gather(*(self._one(rank, call) for rank, call in enumerate(calls)))
 
-        sums = await self._all("send_weights", ray.put(plan), str(folder))
-        of_rank = [iter(rank_sums) for rank_sums in sums]
-        return [next(of_rank[copy.src_rank]) for copy in plan]
+    async def send_weights(self, folder: Path) -> dict[int, str]:
+        """Every rank sends its shards to the receivers that meet it in `folder` -> rollout rank: why it did not get them."""
+        return {rank: why for lost in await self._all("send_weights", str(folder)) for rank, why in lost.items()}
 
     async def save(self, folder: Path) -> None:
         """Every rank copies its state; its files and part (snapshot.py) in `folder` follow while it works on."""

@@ -99,12 +99,15 @@ class Worker:
         with self.offload.on_device("parameters"):
             return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
 
-    def send_weights(self, plan: list[ShardCopy], folder: str) -> list[int]:
-        """This rank's part of a weight transfer -> checksums in plan order."""
+    def set_receivers(self, copies: list[ShardCopy]) -> None:
+        self.copies = copies
+
+    def send_weights(self, folder: str) -> dict[int, str]:
+        """This rank's part of a weight transfer -> rollout rank: why it did not get its bytes."""
         from megatron_agent.weights.sender import send
 
         with self.offload.on_device("parameters"):
-            return send(self.model.module, plan, self.rank, Path(folder))
+            return send(self.model.module, self.copies, Path(folder))
 
     def save(self, folder: str) -> None:
         with self.offload.on_device("all"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,92 +20,114 @@ from megatron_agent.errors import WeightSyncError
 from megatron_agent.models.mapping import as_index
 from megatron_agent.types import ShardCopy
 from megatron_agent.weights.plan import from_plain
-from megatron_agent.weights.transport import read_shards
+from megatron_agent.weights.transport import receive_all
 
 BACKEND = "megatron_agent"
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """The whole plan, as `weights.plan.to_plain` writes it (vLLM's messages carry no classes); every vLLM rank takes the
-    copies that are meant for it."""
+    """`copies[rank]`: what each tensor-parallel rank of this engine gets, as `weights.plan.to_plain` writes it (vLLM's
+    messages carry no classes)."""
 
-    plan: list[list]
+    copies: list[list[list]]
     dtype: str
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One round: where the bytes lie, and `checksums[i]` of `plan[i]`."""
+    """One round: where sender and receiver meet."""
 
     folder: str
-    checksums: list[int]
 
 
 class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Receives this rank's shards and writes them where vLLM computes from them."""
+    """Receives this rank's shards and writes them where vLLM computes from them.
+
+    Where the backend keeps its weights they are written in place. Where it packs them (CPU) a parameter is put together
+    beside, packed when its last shard is there, and forgotten.
+    """
 
     init_info_cls, update_info_cls = InitInfo, UpdateInfo
     supports_draft_weight_update = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         rank = self.parallel_config.rank % self.parallel_config.tensor_parallel_size
-        plan = from_plain(init_info.plan)
-        self._mine = [(i, c) for i, c in enumerate(plan) if c.dst_rank == rank]
+        everyones = [from_plain(rows) for rows in init_info.copies]
+        self._mine = everyones[rank]
         self._dtype = getattr(torch, init_info.dtype)
         self._modules = dict(self.model.named_modules())
         named = dict(self.model.named_parameters())
-        wanted = {c.dst_param for _, c in self._mine}
-        if wanted - set(named):
-            raise WeightSyncError(f"this vLLM model has no parameters {sorted(wanted - set(named))[:3]}: another model family?")
-        # What only other ranks are sent is, on this one, nothing but padding of the vocabulary: make_plan has seen to it.
-        unfilled = set(named) - {c.dst_param for c in plan}
+        self._shapes: dict[str, list[int]] = {}
+        self._sizes: dict[str, int] = defaultdict(int)
+        for copy in self._mine:
+            old = self._shapes.get(copy.dst_param, [0] * len(copy.dst_slice))
+            self._shapes[copy.dst_param] = [max(n, stop) for n, (_, stop) in zip(old, copy.dst_slice)]
+            self._sizes[copy.dst_param] += prod(copy.shape)
+        if self._shapes.keys() - set(named):
+            missing = sorted(self._shapes.keys() - set(named))[:3]
+            raise WeightSyncError(f"this vLLM model has no parameters {missing}: another model family?")
+        # What only other ranks are sent is, on this one, nothing but padding of the vocabulary: the plan has seen to it.
+        unfilled = set(named) - {copy.dst_param for copies in everyones for copy in copies}
         if unfilled:
             raise WeightSyncError(f"the plan does not fill vLLM's parameters {sorted(unfilled)[:3]}")
 
     def start_weight_update(self) -> None:
-        pass
+        self._missing = dict(self._sizes)  # elements of each parameter that have not come yet
+        self._beside: dict[str, torch.Tensor] = {}
 
     def update_weights(self, update_info: Any) -> None:
         info = update_info if isinstance(update_info, UpdateInfo) else self.parse_update_info(update_info)
         self.receive_weights(info)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """All bytes are verified before the first parameter changes."""
-        copies = [c for _, c in self._mine]
-        sums = [update_info.checksums[i] for i, _ in self._mine]
-        by_param: dict[str, list[tuple[ShardCopy, torch.Tensor]]] = defaultdict(list)
-        for copy, shard in read_shards(Path(update_info.folder), copies, sums, self._dtype):
-            by_param[copy.dst_param].append((copy, shard))
-        with torch.no_grad():
-            for name, shards in by_param.items():
-                self._write(name, shards)
+        """A shard is verified where it was written; WeightSyncError names the first that is wrong, and the engine must not
+        serve then: some of its parameters are new."""
+        receive_all(Path(update_info.folder), self._mine[0].dst_rank, self._mine, self)
 
-    def _write(self, name: str, shards: list[tuple[ShardCopy, torch.Tensor]]) -> None:
-        module_name, _, leaf = name.rpartition(".")
-        module = self._modules[module_name]
+    def write(self, copy: ShardCopy, values: torch.Tensor) -> torch.Tensor:
+        place = self._target(copy.dst_param)[as_index(copy.dst_slice)]
+        place.copy_(values)
+        return place
+
+    def written(self, copy: ShardCopy) -> None:
+        self._missing[copy.dst_param] -= prod(copy.shape)
+        if not self._missing[copy.dst_param]:
+            self._finish(copy.dst_param)
+
+    def _target(self, name: str) -> torch.Tensor:
+        if name in self._beside:
+            return self._beside[name]
+        module, leaf = self._owner(name)
         parameter = getattr(module, leaf)
-        emptied = parameter.numel() == 0  # the CPU backend packs linear weights and empties the original
-        if emptied:
-            shape = [max(c.dst_slice[d][1] for c, _ in shards) for d in range(len(shards[0][0].dst_slice))]
-            target = torch.empty(shape, dtype=self._dtype)
-        else:
-            target = parameter.data
-        for copy, shard in shards:
-            target[as_index(copy.dst_slice)].copy_(shard)
-        if emptied:
-            module.weight = torch.nn.Parameter(target, requires_grad=False)
+        if parameter.numel():
+            return parameter.data
+        self._beside[name] = torch.empty(self._shapes[name], dtype=self._dtype)  # packed and emptied by the CPU backend
+        return self._beside[name]
+
+    def _finish(self, name: str) -> None:
+        """All of a parameter is there: pack it again where the backend computes from packed weights."""
+        module, leaf = self._owner(name)
+        beside = self._beside.pop(name, None)
+        if beside is not None:
+            module.weight = torch.nn.Parameter(beside, requires_grad=False)
         if leaf == "weight":
             for user in self._users_of(module.weight):
-                if emptied or hasattr(user, "cpu_linear"):
-                    user.quant_method.process_weights_after_loading(user)  # packs it again
+                if beside is not None or hasattr(user, "cpu_linear"):
+                    user.quant_method.process_weights_after_loading(user)
+
+    def _owner(self, name: str) -> tuple[Any, str]:
+        module_name, _, leaf = name.rpartition(".")
+        return self._modules[module_name], leaf
 
     def _users_of(self, weight: torch.nn.Parameter) -> list[Any]:
         """Every module that computes from `weight`: a tied head has its own packed copy of the embedding."""
         return [m for m in self._modules.values() if m._parameters.get("weight") is weight]
 
     def finish_weight_update(self) -> None:
-        pass
+        left = [name for name, missing in self._missing.items() if missing]
+        if left:
+            raise WeightSyncError(f"parameters {left[:3]} of vLLM rank {self._mine[0].dst_rank} did not arrive whole")
 
     def shutdown(self) -> None:
         pass

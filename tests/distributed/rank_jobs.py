@@ -165,7 +165,7 @@ def send_weights(path, layout, plan, folder):
     from megatron_agent.weights.sender import send
 
     model = make_model(path, layout)
-    return send(model.module, plan, model.rank, Path(folder))
+    return send(model.module, [copy for copy in plan if copy.src_rank == model.rank], Path(folder))
 
 
 def loss_is_nan(path, layout):

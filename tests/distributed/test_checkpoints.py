@@ -3,6 +3,9 @@
 Not covered: a checkpoint of other hardware, bfloat16 master weights, vLLM's own side (tests/integration).
 """
 
+import shutil
+from threading import Thread
+
 import pytest
 import rank_jobs
 import torch
@@ -12,7 +15,7 @@ from megatron_agent.models.mapping import as_index
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
 from megatron_agent.weights.plan import make_plan
-from megatron_agent.weights.transport import read_shards
+from megatron_agent.weights.transport import receive_all, shared_folder
 
 pytestmark = pytest.mark.distributed
 
@@ -49,26 +52,47 @@ def test_tp2_loads_into_another_layout(saved, ranks, tiny_models, layout):
 
 
 @pytest.mark.parametrize(("layout", "vllm_tp"), [(Layout(2, 2, 1), 1), (Layout(1, 1, 2), 2)], ids=["tp2pp2 to 1", "dp2 to 2"])
-def test_real_shards_arrive_as_the_file_has_them(ranks, tiny_models, tmp_path, layout, vllm_tp):
+def test_real_shards_arrive_as_the_file_has_them(ranks, tiny_models, layout, vllm_tp):
     family = Qwen2_5_VL(tiny_models["untied"])
     table = family.table(layout, transformer_engine=False)
     sources = [megatron_pieces(table, layout, family.text.num_layers, rank) for rank in range(layout.world_size)]
     targets = [vllm_pieces(table, vllm_tp, rank) for rank in range(vllm_tp)]
-    plan = make_plan(sources, targets)
-    sums = ranks.run(layout.world_size, rank_jobs.send_weights, tiny_models["untied"], layout, plan, tmp_path)
-    of_rank = [iter(rank_sums) for rank_sums in sums]
-    checksums = [next(of_rank[copy.src_rank]) for copy in plan]
+    plan, folder = make_plan(sources, targets), shared_folder()
+    sinks = [Buffers(pieces) for pieces in targets]
+    threads = [
+        Thread(target=receive_all, args=(folder, rank, [c for c in plan if c.dst_rank == rank], sink))
+        for rank, sink in enumerate(sinks)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        lost = ranks.run(layout.world_size, rank_jobs.send_weights, tiny_models["untied"], layout, plan, folder)
+        for thread in threads:
+            thread.join(60)
+    finally:
+        shutil.rmtree(folder)
+    assert lost == [{}] * layout.world_size
     with safe_open(tiny_models["untied"] / "model.safetensors", framework="pt") as reader:
-        for dst_rank, pieces in enumerate(targets):
-            mine = [i for i, copy in enumerate(plan) if copy.dst_rank == dst_rank]
-            sizes = {}
-            for piece in pieces:
-                sizes[piece.param] = [max(a, b) for a, (_, b) in zip(sizes.get(piece.param, [0] * 9), piece.param_slice)]
-            buffers = {name: torch.full(size, float("nan")) for name, size in sizes.items()}
-            expected = {name: torch.zeros(size) for name, size in sizes.items()}
-            for copy, shard in read_shards(tmp_path, [plan[i] for i in mine], [checksums[i] for i in mine], torch.float32):
-                buffers[copy.dst_param][as_index(copy.dst_slice)] = shard
+        for sink, pieces in zip(sinks, targets):
+            expected = {name: torch.zeros(tensor.shape) for name, tensor in sink.tensors.items()}
             for piece in pieces:
                 expected[piece.param][as_index(piece.param_slice)] = reader.get_slice(piece.hf_name)[as_index(piece.hf_slice)]
             for name, tensor in expected.items():
-                assert torch.equal(buffers[name], tensor), name
+                assert torch.equal(sink.tensors[name], tensor), name
+
+
+class Buffers:
+    """The parameters of a vLLM rank."""
+
+    def __init__(self, pieces):
+        sizes = {}
+        for piece in pieces:
+            sizes[piece.param] = [max(a, b) for a, (_, b) in zip(sizes.get(piece.param, [0] * 9), piece.param_slice)]
+        self.tensors = {name: torch.full(size, float("nan")) for name, size in sizes.items()}
+
+    def write(self, copy, values):
+        place = self.tensors[copy.dst_param][as_index(copy.dst_slice)]
+        return place.copy_(values)
+
+    def written(self, copy):
+        pass

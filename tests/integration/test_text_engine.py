@@ -3,7 +3,9 @@
 Not covered: Megatron ranks on the sending side (tests/distributed/test_text_family.py has their numbers), GPUs.
 """
 
+import shutil
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from megatron_agent.models.qwen2 import Qwen2
 from megatron_agent.rollout.engine import Engine, RolloutConfig, Sampling
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
 from megatron_agent.weights.plan import make_plan, to_plain
-from megatron_agent.weights.transport import write_shards
+from megatron_agent.weights.transport import send_all, shared_folder
 
 pytestmark = pytest.mark.integration
 
@@ -48,9 +50,9 @@ def logprobs(path, row, num_generated, weights=None):
     return logits.log_softmax(-1).gather(1, torch.tensor(row[-num_generated:])[:, None])[:, 0].tolist()
 
 
-def shards_of(weights, sources, plan, folder):
-    """What the Megatron ranks would write of `weights`, were they theirs -> checksums in plan order."""
-    sums = {}
+def send(weights, sources, plan, folder):
+    """What the Megatron ranks would send of `weights`, were they theirs."""
+    lost = {}
     for rank, pieces in enumerate(sources):
         parameters = {}
         for name in {p.param for p in pieces}:
@@ -58,20 +60,21 @@ def shards_of(weights, sources, plan, folder):
             parameters[name] = torch.zeros([max(column) for column in zip(*stops)])
         for p in pieces:
             parameters[p.param][as_index(p.param_slice)] = weights[p.hf_name][as_index(p.hf_slice)]
-        mine = [(i, c) for i, c in enumerate(plan) if c.src_rank == rank]
-        shards = [(c, parameters[c.src_param][as_index(c.src_slice)]) for _, c in mine]
-        sums |= dict(zip((i for i, _ in mine), write_shards(folder, rank, shards), strict=True))
-    return [sums[i] for i in range(len(plan))]
+        mine = [copy for copy in plan if copy.src_rank == rank]
+        thread = Thread(target=lambda *args: lost.update(send_all(*args)), args=(folder, mine, parameters))
+        thread.start()
+        yield thread
+    assert lost == {}
 
 
-def test_logprobs_equal_transformers_before_and_after_new_weights(engine, tiny_text_model, tmp_path):
+def test_logprobs_equal_transformers_before_and_after_new_weights(engine, tiny_text_model):
     import ray
 
     family = Qwen2(tiny_text_model)
     table = family.table(LAYOUT, transformer_engine=False)
     sources = [megatron_pieces(table, LAYOUT, family.num_layers, rank) for rank in range(LAYOUT.world_size)]
     plan = make_plan(sources, [vllm_pieces(table, 1, 0)])
-    ray.get(engine.init_weight_transfer.remote({"plan": to_plain(plan), "dtype": "float32"}))
+    ray.get(engine.init_weight_transfer.remote({"copies": [to_plain(plan)], "dtype": "float32"}))
     row, sampling = list(range(40, 70)), Sampling(max_tokens=24, seed=1)
     turn = ray.get(engine.generate.remote(row, [], sampling))
     expected = logprobs(tiny_text_model, row + turn.token_ids, len(turn.token_ids))
@@ -80,10 +83,12 @@ def test_logprobs_equal_transformers_before_and_after_new_weights(engine, tiny_t
     generator = torch.Generator().manual_seed(3)
     old = load_file(tiny_text_model / "model.safetensors")
     new = {name: t + 0.05 * torch.randn(t.shape, generator=generator) for name, t in old.items()}
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    sums = shards_of(new, sources, plan, folder)
-    ray.get(engine.sync_weights.remote({"folder": str(folder), "checksums": sums}, 1))
+    folder = shared_folder()
+    threads = list(send(new, sources, plan, folder))
+    ray.get(engine.sync_weights.remote({"folder": str(folder)}, 1))
+    for thread in threads:
+        thread.join(60)
+    shutil.rmtree(folder)
     turn = ray.get(engine.generate.remote(row, [], sampling))
     expected = logprobs(tiny_text_model, row + turn.token_ids, len(turn.token_ids), new)
     assert turn.logprobs == pytest.approx(expected, abs=TOLERANCE) and set(turn.weight_versions) == {1}

@@ -21,7 +21,6 @@ from megatron_agent.models.qwen2_5_vl.weights import vision_table
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
 from megatron_agent.types import ShardCopy
 from megatron_agent.weights.plan import from_plain, make_plan, to_plain
-from megatron_agent.weights.transport import checksum, file_name, read_shards, shared_folder, write_shards
 
 TEXT = TextConfig(
     hidden_size=6, intermediate_size=8, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=2, vocab_size=333,
@@ -168,68 +167,3 @@ def test_plain_plans_come_back():
     plan = make_plan(sources, [vllm_pieces(table, 2, rank) for rank in range(2)])
     assert from_plain(json.loads(json.dumps(to_plain(plan)))) == plan  # lists for tuples, as messages make them
     assert from_plain(to_plain(plan)) == plan == pickle.loads(pickle.dumps(plan))
-
-
-PLAN = [
-    ShardCopy(0, "a", ((0, 2), (1, 3)), 0, "x", ((0, 2), (0, 2))),
-    ShardCopy(0, "a", ((2, 4), (0, 3)), 1, "y", ((0, 2), (0, 3))),
-    ShardCopy(0, "b", ((1, 4),), 0, "z", ((0, 3),)),
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_through_real_files(tmp_path, dtype):
-    params = {"a": torch.randn(4, 3).to(dtype), "b": torch.randn(4).to(dtype)}
-    sums = write_shards(tmp_path, 0, [(c, params[c.src_param][as_index(c.src_slice)]) for c in PLAN])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["from_0_to_0.bin", "from_0_to_1.bin"]
-    for dst_rank in (0, 1):
-        mine = [i for i, c in enumerate(PLAN) if c.dst_rank == dst_rank]
-        found = list(read_shards(tmp_path, [PLAN[i] for i in mine], [sums[i] for i in mine], dtype))
-        assert [c for c, _ in found] == [PLAN[i] for i in mine]
-        for c, shard in found:
-            assert torch.equal(shard, params[c.src_param][as_index(c.src_slice)])
-
-
-@pytest.mark.parametrize("damage", ["flipped", "short", "swapped"])
-def test_bytes_that_are_not_those_that_were_sent(tmp_path, damage):
-    params = {"a": torch.randn(4, 3), "b": torch.randn(4)}
-    plan = [PLAN[0], PLAN[2]]
-    sums = write_shards(tmp_path, 0, [(c, params[c.src_param][as_index(c.src_slice)]) for c in plan])
-    file = tmp_path / file_name(0, 0)
-    data = bytearray(file.read_bytes())
-    if damage == "flipped":
-        data[-1] ^= 1
-    elif damage == "short":
-        data = data[:-4]
-    else:
-        sums.reverse()
-    file.write_bytes(data)
-    with pytest.raises(WeightSyncError, match=r"parameter [xz] .* from rank 0: wrong bytes arrived") as caught:
-        list(read_shards(tmp_path, plan, sums, torch.float32))
-    assert ("parameter x" in str(caught.value)) == (damage == "swapped")
-
-
-def test_a_file_that_is_missing(tmp_path):
-    with pytest.raises(WeightSyncError, match=r"parameter x from rank 0 did not arrive: .*from_0_to_0\.bin"):
-        list(read_shards(tmp_path, PLAN[:1], [0], torch.float32))
-
-
-@pytest.mark.parametrize("size", [0, 3])
-def test_a_file_that_is_empty(tmp_path, size):
-    (tmp_path / file_name(0, 0)).write_bytes(bytes(size))
-    with pytest.raises(WeightSyncError, match=r"parameter x .* from rank 0: wrong bytes arrived"):
-        list(read_shards(tmp_path, PLAN[:1], [0], torch.float32))
-
-
-def test_checksum_sees_the_values_not_the_layout():
-    tensor = torch.arange(6.0).view(2, 3)
-    assert checksum(tensor.t()) == checksum(tensor.t().contiguous()) != checksum(tensor)
-
-
-def test_shared_folders_are_fresh():
-    a, b = shared_folder(), shared_folder()
-    try:
-        assert a != b and a.is_dir() and not list(a.iterdir())
-    finally:
-        a.rmdir()
-        b.rmdir()

@@ -25,13 +25,26 @@ def receiver(names, rank):
     made = object.__new__(ShardReceiver)
     made.parallel_config = SimpleNamespace(rank=rank, tensor_parallel_size=2)
     made.model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(2)) for name in names})
-    made.init_transfer_engine(InitInfo(plan=to_plain(PLAN), dtype="float32"))
+    copies = [to_plain([copy for copy in PLAN if copy.dst_rank == to]) for to in (0, 1)]
+    made.init_transfer_engine(InitInfo(copies=copies, dtype="float32"))
     return made
 
 
 def test_a_rank_of_padding_only_is_sent_less():
-    assert [i for i, _ in receiver(["embed", "w"], 0)._mine] == [0, 1]
-    assert [i for i, _ in receiver(["embed", "w"], 1)._mine] == [2]
+    assert receiver(["embed", "w"], 0)._mine == PLAN[:2]
+    assert receiver(["embed", "w"], 1)._mine == PLAN[2:]
+
+
+def test_shards_that_did_not_come_are_named():
+    made = receiver(["embed", "w"], 0)
+    made.start_weight_update()
+    for copy in PLAN[:2]:
+        with pytest.raises(WeightSyncError, match=copy.dst_param):
+            made.finish_weight_update()
+        made.write(copy, torch.ones(2))
+        made.written(copy)
+    made.finish_weight_update()
+    assert all(parameter.tolist() == [1.0, 1.0] for parameter in made.model.parameters())
 
 
 def test_models_that_the_plan_does_not_fit():
