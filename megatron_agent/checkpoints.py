@@ -65,7 +65,7 @@ class Checkpoints:
             try:
                 await actor.finish_save()
                 await self._pending
-            except BaseException:
+            except BaseException:  # cancelled or failed alike: what is half written must go; it goes on to the caller
                 self._give_up()
                 raise
             self._pending = None

@@ -51,7 +51,7 @@ def check(config: RunConfig) -> ModelFamily:
     family: ModelFamily = registry.resolve("models", config.model.family)(config.model.path)
     config.training.layout = family.balanced(config.training.layout)
     family.check(config.training.layout, config.rollout.tensor_parallel)
-    weight_files(family.path)
+    weight_files(family.path)  # missing or damaged ones are found here, not by a rank that has been started
     return family
 
 
@@ -156,13 +156,13 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
 
     The engines take longer; a warm start may run meanwhile.
     """
+    plan = transfer_plan(config, family)  # layouts that do not meet are refused before anything is started
     actor = Actor(cluster.start_workers(config, store), config.training)
     pool = EnginePool(cluster.start_engines(config, store))
     renderer = family.renderer(config.agent.vl_model_path or config.model.path)
     reward = registry.resolve("rewards", config.reward_name)(config.reward)
     algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
     rollouts = Rollouts(pool, renderer, store, reward, config.agent, config.rollout, config.env, config.seed)
-    plan = transfer_plan(config, family)
     stages = Stages(config, data, actor, rollouts, algorithm, plan)
     trainer = asyncio.create_task(_set_up(actor, config, plan))
     engines = asyncio.create_task(pool.init_weight_transfer(receivers(plan, config.training.dtype)))
