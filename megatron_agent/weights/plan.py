@@ -20,7 +20,7 @@ from megatron_agent.models.mapping import Entry, Piece, Rule, Shape
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
 from megatron_agent.types import ShardCopy, Slices
 from megatron_agent.weights.routes import Flow, Router, cheapest
-from megatron_agent.weights.schedule import Turn, fill_buckets, num_buckets, scheduled_s, take_turns
+from megatron_agent.weights.schedule import Turn, scheduled_s, take_turns
 from megatron_agent.weights.template import Template
 from megatron_agent.weights.topology import Place, Topology
 
@@ -106,7 +106,6 @@ class TransferPlan:
         self._before = {after: before for before, after in self._next.items()}
         self._first = {replica: chain[0] for chain in self.routes.chains for replica in chain}
         self._cache: dict[object, list[ShardCopy]] = {}
-        self._buckets: dict[tuple[int, int], list[list[ShardCopy]]] = {}
 
     def _check_places(self) -> None:
         for side, places, count in (
@@ -163,26 +162,6 @@ class TransferPlan:
 
     def _places(self, pair: tuple[int, int]) -> tuple[Place, Place]:
         return self.topology.training[pair[0]], self.topology.rollout[pair[1]]
-
-    def sender_turns(self, rank: int) -> list[Turn]:
-        return [turn for turn in self.turns if turn.rank == rank]
-
-    def receiver_turns(self, replica: int, tensor_rank: int) -> list[Turn]:
-        """In this order buckets come in, from the trainer or from the replica before this one."""
-        rollout_rank = self._first[replica] * self.tensor_parallel + tensor_rank
-        return [turn for turn in self.turns if turn.rollout_rank == rollout_rank]
-
-    def buckets(self, rank: int, rollout_rank: int) -> list[list[ShardCopy]]:
-        """The copies of every bucket that goes from a training rank to a rollout rank, directly or along a chain."""
-        key = (rank, rollout_rank)
-        if key not in self._buckets:
-            replica, tensor_rank = divmod(rollout_rank, self.tensor_parallel)
-            first = self._first[replica]
-            flows = [flow for flow in self._flows_by_target[first, tensor_rank] if flow.rank == rank]
-            count = num_buckets(self.pair_bytes[rank, first * self.tensor_parallel + tensor_rank], self.topology.bucket_bytes)
-            copies = [replace(copy, dst_rank=rollout_rank) for copy in self._copies(flows)]
-            self._buckets[key] = fill_buckets(copies, count)
-        return self._buckets[key]
 
     @property
     def scheduled_s(self) -> float:

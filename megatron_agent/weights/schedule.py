@@ -1,16 +1,15 @@
 """When each bucket goes: turns in which every rank sends to at most one rank and receives from at most one.
 
-Without an order all senders begin with the same receiver, which takes them one after another while the others wait.
+Without an order all senders begin with the same receiver, which takes them one after another while the others wait. It is
+what tools/simulate_sync.py costs; on one host the slots of transport.py give the order.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from megatron_agent.models.mapping import volume
-from megatron_agent.types import ShardCopy, Slices
 from megatron_agent.weights.topology import Topology
 
 Pair = tuple[int, int]  # (training rank, rollout rank)
@@ -69,39 +68,3 @@ def scheduled_s(turns: Sequence[Turn], pair_bytes: Mapping[Pair, int], topology:
         ends = begins + topology.seconds(num_bytes, source, target)
         sender_free[turn.rank] = receiver_free[turn.rollout_rank] = ends
     return max([*sender_free, *receiver_free], default=0.0)
-
-
-def fill_buckets(copies: Sequence[ShardCopy], num_buckets: int) -> list[list[ShardCopy]]:
-    """The copies of one pair, in their order, as buckets of equal size up to a row: big copies are cut between rows."""
-    total = sum(volume(copy.dst_slice) for copy in copies)
-    buckets: list[list[ShardCopy]] = [[] for _ in range(num_buckets)]
-    at = 0
-    for copy in copies:
-        size = volume(copy.dst_slice)
-        for part, first, last in _between_cuts(copy, [total * i // num_buckets - at for i in range(num_buckets + 1)]):
-            buckets[part].append(_rows(copy, first, last))
-        at += size
-    return buckets
-
-
-def _between_cuts(copy: ShardCopy, cuts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(bucket, first row, last row) for cuts given in elements from where the copy begins."""
-    start, stop = copy.dst_slice[_row_dim(copy)]
-    rows, row = stop - start, volume(copy.dst_slice) // (stop - start)
-    edges = [max(0, min(rows, cut // row)) for cut in cuts]
-    for bucket, (first, last) in enumerate(zip(edges, edges[1:])):
-        if first < last:
-            yield bucket, first, last
-
-
-def _row_dim(copy: ShardCopy) -> int:
-    return next((dim for dim, (start, stop) in enumerate(copy.dst_slice) if stop - start > 1), 0)
-
-
-def _rows(copy: ShardCopy, first: int, last: int) -> ShardCopy:
-    dim = _row_dim(copy)
-
-    def cut(box: Slices) -> Slices:
-        return (*box[:dim], (box[dim][0] + first, box[dim][0] + last), *box[dim + 1 :])
-
-    return ShardCopy(copy.src_rank, copy.src_param, cut(copy.src_slice), copy.dst_rank, copy.dst_param, cut(copy.dst_slice))

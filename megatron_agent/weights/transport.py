@@ -227,6 +227,8 @@ def send_all(
 
     One receiver's failure does not keep the bytes from the others.
     """
+    if not folder.is_dir():
+        raise WeightSyncError(f"{folder} is not on this host: weights go through the memory of one host, place all ranks there")
     deadline = time.monotonic() + deadline_s
     by_target: dict[int, list[ShardCopy]] = {}
     for copy in copies:

