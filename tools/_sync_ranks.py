@@ -3,7 +3,6 @@ and the other route, on which full tensors are gathered and handed to vLLM's `lo
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from megatron_agent.models.mapping import as_index
 from megatron_agent.rollout.engine import Engine
 from megatron_agent.rollout.worker_extension import WorkerExtension
 from megatron_agent.training.worker import Worker
-from megatron_agent.types import ShardCopy
+from megatron_agent.types import ShardCopy, SyncRound
 
 COUNTER_BYTES = 64  # at the start of a Region: how many bytes of it are there
 POLL_S = 0.0002
@@ -87,6 +86,10 @@ class SyncWorker(Worker):
 
     def set_up(self, *arguments: Any) -> None:
         super().set_up(*arguments)
+        for chunk in self.model.ddp:  # nothing is trained: the gradients' and the optimizer's memory goes
+            for buffer in chunk.buffers:
+                buffer.grad_data.untyped_storage().resize_(0)
+        del self.model.optimizer
         self.probe = Probe()
 
     def start_probe(self, verify: bool = True) -> None:
@@ -199,9 +202,9 @@ class SyncEngine(Engine):
 class PlainEngine:
     """A rollout rank that only holds its parameters: the transport without an inference engine behind it."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        self.parameters = {name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, shape in shapes.items()}
         self.probe = Probe()
 
     def init_weight_transfer(self, info: dict[str, Any]) -> None:
@@ -209,12 +212,14 @@ class PlainEngine:
 
         (rows,) = info["copies"]
         self.copies = from_plain(rows)
-        shapes: dict[str, list[int]] = {}
-        for copy in self.copies:
-            old = shapes.get(copy.dst_param, [0] * len(copy.dst_slice))
-            shapes[copy.dst_param] = [max(n, stop) for n, (_, stop) in zip(old, copy.dst_slice)]
-        dtype = getattr(torch, info["dtype"])
-        self.parameters = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+
+    def places(self) -> list[tuple[str, str]]:
+        from megatron_agent.weights.meeting import place
+
+        return [place()]
+
+    def describe(self) -> list[dict[str, tuple[int, ...]]]:
+        return [{name: tuple(parameter.shape) for name, parameter in self.parameters.items()}]
 
     def start_probe(self, verify: bool = True) -> None:
         self.probe.start(verify)
@@ -223,11 +228,11 @@ class PlainEngine:
         return self.probe.read()
 
     def sync_weights(self, update: dict[str, Any], version: int) -> None:
+        from megatron_agent.weights.meeting import Meeting
         from megatron_agent.weights.transport import receive_all
 
-        timed(receive_all, self.probe.seconds, "receive_weights")(
-            Path(update["folder"]), self.copies[0].dst_rank, self.copies, self
-        )
+        meeting = Meeting(SyncRound(**update["sync_round"]))
+        timed(receive_all, self.probe.seconds, "receive_weights")(meeting, self.copies[0].dst_rank, self.copies, self)
 
     def write(self, copy: ShardCopy, values: torch.Tensor) -> torch.Tensor:
         place = self.parameters[copy.dst_param][as_index(copy.dst_slice)]

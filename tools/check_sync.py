@@ -1,11 +1,17 @@
 """Do synced engines say what engines say that loaded the same weights from disk? Real Megatron ranks, real vLLM.
 
     python tools/check_sync.py --hf DIR [--train one,tp2,pp2,tp2pp2,dp2] [--rollout tp1,tp2,2xtp1]
+    python tools/check_sync.py --hf DIR --load 50 [--train one]
 
 Some Adam steps make new weights, which are saved and exported as a Hugging Face folder. For every pair of layouts the trainer
 first syncs the old weights, then loads the new ones and syncs those; after each sync greedy answers to prompts with and
 without pictures are compared, token for token, with those of a vLLM that loaded that folder, and vLLM's own checksums of all
-parameters with those of an engine of the same tensor-parallel size. Exit status 1 where anything differs.
+parameters with those of an engine of the same tensor-parallel size.
+
+With --load there are so many syncs while requests keep one engine busy: every token must be stamped with the weights that made
+it (the trainer's log-prob under them is the engine's), no sync may hang, no process may grow.
+
+Exit status 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -22,9 +28,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+from _sync_load import under_load
 from PIL import Image
 
 from megatron_agent import cluster
@@ -119,13 +127,16 @@ class Workshop:
         turns = await asyncio.gather(*(engine.generate.remote(row, refs, sampling) for row, refs in self.prompts))
         return [turn.token_ids for turn in turns]
 
+    def samples(self) -> list[TrainSample]:
+        return samples_of(self.prompts)
+
     async def new_weights(self) -> tuple[Path, Path]:
         """-> a training checkpoint after some steps, and the same weights as a Hugging Face folder."""
         config = self.config
         config.output_dir, config.checkpoint.export_hf = str(self.scratch), True
         actor, _ = await self.trainer("one", (1, 1))
         for _ in range(4):
-            await actor.update(samples_of(self.prompts), Supervised(), 1e-2)
+            await actor.update(self.samples(), Supervised(), 1e-2)
         saves = Checkpoints(config)
         await saves.save(actor, {"step": 4}, wait=True)
         stop(actor.workers)
@@ -180,6 +191,7 @@ def main() -> int:
     parser.add_argument("--hf", type=Path, required=True)
     parser.add_argument("--train", default="one,tp2,pp2,tp2pp2,dp2")
     parser.add_argument("--rollout", default="tp1,tp2,2xtp1")
+    parser.add_argument("--load", type=int, metavar="ROUNDS", help="so many syncs with generation in flight, instead")
     options = parser.parse_args()
     trainers, rollouts = options.train.split(","), options.rollout.split(",")
     for given, known in ((trainers, TRAINERS), (rollouts, ROLLOUTS)):
@@ -191,6 +203,10 @@ def main() -> int:
     cluster.start_ray()
     try:
         shop = Workshop(options.hf.absolute(), scratch, store, prompts_of(family, store))
+        if options.load:
+            wrong = asyncio.run(under_load(shop, trainers[0], options.load))
+            print("\n".join([*wrong, f"{len(wrong)} things wrong"]))
+            return int(bool(wrong))
         return int(asyncio.run(compare(shop, trainers, rollouts)) > 0)
     finally:
         cluster.stop_ray()
