@@ -120,7 +120,7 @@ async def under_load(shop: Workshop, layout: str, num_rounds: int) -> list[str]:
     clients = [asyncio.create_task(load.client(index)) for index in range(NUM_CLIENTS)]
     for version in range(1, num_rounds + 1):
         if version > 1:
-            await actor.update(shop.samples(), Supervised(), LR)
+            await actor.update(shop.samples(seed=version), Supervised(), LR)
             load.begun = version
             began_s = asyncio.get_running_loop().time()
             await asyncio.wait_for(sync.push(version), SYNC_LIMIT_S)

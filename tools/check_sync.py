@@ -75,8 +75,8 @@ def prompts_of(family: ModelFamily, store: ImageStore) -> list[Prompt]:
     return rows
 
 
-def samples_of(prompts: list[Prompt]) -> list[TrainSample]:
-    rng, samples = np.random.default_rng(1), []
+def samples_of(prompts: list[Prompt], seed: int) -> list[TrainSample]:
+    rng, samples = np.random.default_rng(seed), []
     for index, (row, refs) in enumerate(prompts):
         tokens = [*row, *(int(t) for t in rng.integers(0, 200, 12))]
         own = [False] * len(row) + [True] * 12
@@ -127,8 +127,8 @@ class Workshop:
         turns = await asyncio.gather(*(engine.generate.remote(row, refs, sampling) for row, refs in self.prompts))
         return [turn.token_ids for turn in turns]
 
-    def samples(self) -> list[TrainSample]:
-        return samples_of(self.prompts)
+    def samples(self, seed: int = 1) -> list[TrainSample]:
+        return samples_of(self.prompts, seed)
 
     async def new_weights(self) -> tuple[Path, Path]:
         """-> a training checkpoint after some steps, and the same weights as a Hugging Face folder."""
