@@ -26,7 +26,7 @@ from megatron_agent.weights.plan import from_plain
 from megatron_agent.weights.transport import receive_all
 
 BACKEND = "megatron_agent"
-FP32_ROW_GAP = 32  # elements; oneDNN packs columns of rows that lie a round number of bytes apart at half the speed
+ROW_GAP = 32  # elements; oneDNN packs rows that lie a round number of bytes apart at half the speed, or a third
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 __all__ = ["BACKEND", "InitInfo", "ShardReceiver", "UpdateInfo", "place", "register"]
 
@@ -115,7 +115,8 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if parameter.numel():
             return parameter.data
         *rows, columns = self._shapes[name]  # packed and emptied by the CPU backend
-        gap = FP32_ROW_GAP if self._dtype == torch.float32 else 0
+        wants_contiguous = self._dtype != torch.float32 and torch.cpu._is_amx_tile_supported()  # vLLM's kernels for AMX
+        gap = 0 if wants_contiguous else ROW_GAP
         self._beside[name] = torch.empty(*rows, columns + gap, dtype=self._dtype)[..., :columns]
         return self._beside[name]
 
