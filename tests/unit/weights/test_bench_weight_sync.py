@@ -39,10 +39,10 @@ def test_a_load_that_no_sync_met_says_nothing():
 
 
 def test_tokens_of_one_version_are_the_actions():
-    sample = UNDER_WAY.stamped(4)
+    sample = UNDER_WAY.stamped(3)
     assert sample.token_ids_T == [7, 8, 0, 1, 2, 3]
-    assert sample.action_mask_T == [False, False, False, False, True, True]
-    assert sample.rollout_logprobs_T == [0.0, 0.0, 0.0, 0.0, -0.5, -0.5]
+    assert sample.action_mask_T == [False, False, True, True, False, False]
+    assert sample.rollout_logprobs_T == [0.0, 0.0, -0.5, -0.5, 0.0, 0.0]
     assert UNDER_WAY.stamped(5) is None
 
 
