@@ -42,7 +42,7 @@ class StepResult:
     rendered_text: str | None
     reward: float
     done: bool
-    tool_call: ToolCall | None
+    tool_calls: tuple[ToolCall, ...] = ()  # what was carried out, in order
 
 
 class ToolBase:
@@ -105,7 +105,7 @@ class PictureTool(ToolBase):
             observation, tool_call = self._call(name, arguments)
         except (EnvError, DataError) as error:
             failed = failed_step(name, error)
-            return failed.observation, 0.0, False, {"tool_call": failed.tool_call}
+            return failed.observation, 0.0, False, {"tool_calls": failed.tool_calls}
         return observation, 0.0, False, {"tool_call": tool_call}
 
     def functions(self) -> dict[str, Callable[..., tuple[Observation, ToolCall]]]:
@@ -162,9 +162,9 @@ class EnvSession:
             result = failed_step(self.tool.name, error)
         if result.observation is not None:
             self.image_refs += result.observation.images
-        if result.tool_call is None:
-            return result
-        return replace(result, tool_call=replace(result.tool_call, seconds=time.monotonic() - started_s))
+        share_s = (time.monotonic() - started_s) / max(len(result.tool_calls), 1)
+        calls = tuple(replace(call, seconds=share_s) for call in result.tool_calls)
+        return replace(result, tool_calls=calls)
 
     def _step_result(self, returned: Any) -> StepResult:
         if not isinstance(returned, tuple) or len(returned) != 4:
@@ -177,19 +177,19 @@ class EnvSession:
             )
         has_observation = raw is not None and (isinstance(raw, Observation) or bool(raw))
         if done:  # the episode is over: the model will not see what was returned
-            return StepResult(None, None, reward, True, self._tool_call(info) if has_observation else None)
+            return StepResult(None, None, reward, True, self._tool_calls(info) if has_observation else ())
         if not has_observation:
             raise EnvError("the tool returned no observation and did not end the episode")
         observation, rendered_text = self._observation(raw)
-        return StepResult(observation, rendered_text, reward, False, self._tool_call(info))
+        return StepResult(observation, rendered_text, reward, False, self._tool_calls(info))
 
-    def _tool_call(self, info: dict[str, Any]) -> ToolCall:
-        given = info.get("tool_call")
-        if isinstance(given, ToolCall):
-            return given
+    def _tool_calls(self, info: dict[str, Any]) -> tuple[ToolCall, ...]:
+        given = info.get("tool_calls") or (info.get("tool_call"),)
+        if isinstance(given, (list, tuple)) and all(isinstance(call, ToolCall) for call in given):
+            return tuple(given)
         error = str(info.get("error") or "")
         ok = not error and info.get("status") != "failed"
-        return ToolCall(str(info.get("tool_used") or self.tool.name), ok, error)
+        return (ToolCall(str(info.get("tool_used") or self.tool.name), ok, error),)
 
     def _observation(self, raw: Any) -> tuple[Observation, str | None]:
         if isinstance(raw, Observation):
@@ -241,7 +241,7 @@ def failed_step(name: str, error: Exception) -> StepResult:
     reason = printable(str(error) or type(error).__name__)
     text = f"Error: {reason}"
     observation = Observation([{"role": "tool", "content": text}], [], text)
-    return StepResult(observation, None, 0.0, False, ToolCall(printable(name), False, reason))
+    return StepResult(observation, None, 0.0, False, (ToolCall(printable(name), False, reason),))
 
 
 def _from_chat(chat: Any, images: list[ImageRef]) -> Observation:

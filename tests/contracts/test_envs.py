@@ -35,7 +35,7 @@ def check(result):
     if result.done:
         assert result.observation is None and result.rendered_text is None
         return
-    assert isinstance(result.tool_call, ToolCall) and result.tool_call.seconds >= 0
+    assert result.tool_calls and all(isinstance(call, ToolCall) and call.seconds >= 0 for call in result.tool_calls)
     observation = result.observation
     assert all(isinstance(ref, ImageRef) for ref in observation.images)
     if result.rendered_text is not None:
@@ -45,8 +45,9 @@ def check(result):
     contents = [message["content"] for message in observation.messages]
     num_places = sum(item["type"] == "image" for content in contents if isinstance(content, list) for item in content)
     assert num_places == len(observation.images)
-    if not result.tool_call.ok:
-        assert result.tool_call.error and "<|" not in observation.text
+    for call in result.tool_calls:
+        if not call.ok:
+            assert call.error and "<|" not in observation.text
 
 
 json_values = st.recursive(
@@ -146,15 +147,15 @@ def test_deepeyes_tools_run(tool_class, store, task):
     results = [session.step("<think>a</think>") for _ in range(2)]
     for result in results:
         check(result)
-        assert result.tool_call.ok, result.tool_call.error
+        assert result.tool_calls[0].ok, result.tool_calls[0].error
     expected_pictures = 2 if tool_class in (PromptTool, ChatPictureTool) else 0
     assert len(session.image_refs) == 1 + expected_pictures
     if tool_class is TextTool:
-        assert session.step("<answer>x</answer>") == StepResult(None, None, 0.0, True, None)
+        assert session.step("<answer>x</answer>") == StepResult(None, None, 0.0, True)
 
 
 def test_a_tool_of_the_users_own_by_path(store, task):
     session = make_session(f"{__name__}:PromptTool", {}, store, LIMITS)
     session.reset(task)
     result = session.step("look")
-    assert result.tool_call.name == "crop" and store.original_size_px(result.observation.images[0].source) == (112, 140)
+    assert result.tool_calls[0].name == "crop" and store.original_size_px(result.observation.images[0].source) == (112, 140)

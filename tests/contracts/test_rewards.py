@@ -27,7 +27,7 @@ def score(reward, trajectory):
 
 
 def episode(*texts, status=Status.ANSWERED):
-    turns = [Turn([1], [0.0], [0], text, "stop", tool_call=ToolCall("zoom", True)) for text in texts]
+    turns = [Turn([1], [0.0], [0], text, "stop", tool_calls=[ToolCall("zoom", True)]) for text in texts]
     return Trajectory(TASK, 0, [1], turns, status)
 
 

@@ -1,5 +1,7 @@
 """The session around a tool: what it hands over, how it reads what comes back, and that nothing escapes it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -71,13 +73,13 @@ def test_text_is_tokenised_to_the_letter(store, task):
     result, _ = step(store, task, ("\n<|im_start|>user\nhm<|im_end|>", 0.5, False, {"status": "success", "tool_used": "hum"}))
     assert result.rendered_text == result.observation.text == "\n<|im_start|>user\nhm<|im_end|>"
     assert (result.observation.messages, result.reward, result.done) == ([], 0.5, False)
-    assert (result.tool_call.name, result.tool_call.ok) == ("hum", True) and result.tool_call.seconds >= 0
+    assert (result.tool_calls[0].name, result.tool_calls[0].ok) == ("hum", True) and result.tool_calls[0].seconds >= 0
 
 
 def test_chat_list(store, task):
     result, _ = step(store, task, ([{"role": "user", "content": "found"}], 0.0, False, {}))
     assert result.observation == Observation([{"role": "user", "content": "found"}], [], "found")
-    assert result.rendered_text is None and result.tool_call.name == "scripted"
+    assert result.rendered_text is None and result.tool_calls[0].name == "scripted"
 
 
 def test_dict_with_prompt(store, task):
@@ -101,19 +103,19 @@ def test_dict_with_chat(store, task):
 def test_info_of_a_failed_call(store, task):
     for info in ({"status": "failed"}, {"error": "no box"}):
         result, _ = step(store, task, ("Error", 0.0, False, info))
-        assert not result.tool_call.ok and result.tool_call.error == info.get("error", "")
+        assert not result.tool_calls[0].ok and result.tool_calls[0].error == info.get("error", "")
 
 
 @pytest.mark.parametrize("nothing", ["", None, [], {}])
 def test_the_end(store, task, nothing):
     result, _ = step(store, task, (nothing, 1.0, True, {}))
     assert (result.observation, result.rendered_text, result.reward, result.done) == (None, None, 1.0, True)
-    assert result.tool_call is None
+    assert result.tool_calls == ()
 
 
 def test_an_observation_at_the_end_is_not_shown_but_counts_as_a_call(store, task):
     result, session = step(store, task, ("goal", 1.0, True, {}))
-    assert result.observation is None and result.rendered_text is None and result.tool_call.ok
+    assert result.observation is None and result.rendered_text is None and result.tool_calls[0].ok
     assert session.image_refs == list(task.images)
 
 
@@ -151,8 +153,8 @@ def test_nonsense_becomes_an_error_observation(store, task, kind):
     text = result.observation.text
     assert text.startswith("Error: ") and why in text
     assert result.observation.messages == [{"role": "tool", "content": text}] and result.rendered_text is None
-    assert (result.done, result.reward, result.tool_call.ok) == (False, 0.0, False)
-    assert result.tool_call.error == text.removeprefix("Error: ") and session.image_refs == list(task.images)
+    assert (result.done, result.reward, result.tool_calls[0].ok) == (False, 0.0, False)
+    assert result.tool_calls[0].error == text.removeprefix("Error: ") and session.image_refs == list(task.images)
 
 
 def test_a_tool_that_cannot_start_says_so_at_every_step(store, task):
@@ -176,7 +178,16 @@ def test_make_session(store):
     assert (session.tool.config.min_side_px, other.tool.config.min_side_px) == (4, 9) and session.tool is not other.tool
 
 
-def test_the_tool_call_of_our_tools_is_kept(store, task):
-    call = ToolCall("zoom", True, box_px=(1, 2, 3, 4))
-    result, _ = step(store, task, (Observation([{"role": "tool", "content": "a"}], [], "a"), 0.0, False, {"tool_call": call}))
-    assert (result.tool_call.name, result.tool_call.box_px) == ("zoom", (1, 2, 3, 4))
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("many", [False, True])
+def test_the_tool_calls_of_our_tools_are_kept(store, task, many, done):
+    given = [ToolCall("zoom", True, box_px=(1, 2, 3, 4)), ToolCall("turn", False, "no")][: 1 + many]
+    info = {"tool_calls": given} if many else {"tool_call": given[0]}
+    result, _ = step(store, task, (Observation([{"role": "tool", "content": "a"}], [], "a"), 0.0, done, info))
+    assert [replace(call, seconds=0.0) for call in result.tool_calls] == given
+
+
+@pytest.mark.parametrize("info", [{"tool_calls": "zoom"}, {"tool_calls": [None]}, {"tool_call": 3}, {"tool_calls": []}])
+def test_calls_that_are_none_are_counted_as_one(store, task, info):
+    result, _ = step(store, task, ("a", 0.0, False, info))
+    assert [replace(call, seconds=0.0) for call in result.tool_calls] == [ToolCall("scripted", True)]
