@@ -1,6 +1,8 @@
 """The session around a tool: what it hands over, how it reads what comes back, and that nothing escapes it."""
 
+import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +11,13 @@ from PIL import Image
 from megatron_agent.data.images import ImageStore, PixelLimits
 from megatron_agent.envs.base import EnvSession, Observation, PictureTool, ToolBase, make_session
 from megatron_agent.errors import ConfigError
-from megatron_agent.types import Task, ToolCall
+from megatron_agent.types import ImageRef, Task, ToolCall
 
 LIMITS = PixelLimits(3136, 12845056)
+
+
+def no_env(*args):
+    return SimpleNamespace()
 
 
 class Scripted(ToolBase):
@@ -119,7 +125,22 @@ def test_an_observation_at_the_end_is_not_shown_but_counts_as_a_call(store, task
     assert session.image_refs == list(task.images)
 
 
+def closed_picture():
+    """As a file that was deleted, or closed, before its pixels were read."""
+    file = io.BytesIO()
+    Image.new("RGB", (60, 60)).save(file, "PNG")
+    picture = Image.open(file)
+    file.close()
+    return picture
+
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise RuntimeError("never")
+
+
 PICTURE = Image.new("RGB", (60, 60))
+SHOWN = {"role": "user", "content": [{"type": "image"}]}
 NONSENSE = {
     "raises": (KeyError("bbox"), "'bbox'"),
     "raises without text": (ZeroDivisionError(), "ZeroDivisionError"),
@@ -143,6 +164,35 @@ NONSENSE = {
     "broken": (({"prompt": "<image>", "multi_modal_data": {"image": [b"x"]}}, 0.0, False, {}), "unreadable picture"),
     "thin": (({"prompt": "<image>", "multi_modal_data": {"image": [Image.new("L", (900, 1))]}}, 0.0, False, {}), "too thin"),
     "our own, wrong": ((Observation([], [], "a"), "x", False, {}), "could not convert"),
+    "our own, no messages": ((Observation(3, [], "a"), 0.0, False, {}), "not iterable"),
+    "our own, no reference": ((Observation([SHOWN], ["a.png"], "a"), 0.0, False, {}), "not in the image store: 'a.png'"),
+    "a picture of elsewhere": (
+        (Observation([SHOWN], [ImageRef("ab" * 32, 28, 28)], ""), 0.0, False, {}),
+        "not in the image store",
+    ),
+    "reward of nothing": (("a", [], False, {}), "float()"),
+    "undecided": (("a", 0.0, np.ones(2), {}), "ambiguous"),
+    "bytes": ((b"text", 0.0, False, {}), "type bytes"),
+    "generator": (((word for word in "ab"), 0.0, False, {}), "type generator"),
+    "dict of numbers": (({"chat": 7}, 0.0, False, {}), "not iterable"),
+    "no list of pictures": (({"prompt": "<image>", "multi_modal_data": {"image": 7}}, 0.0, False, {}), "not iterable"),
+    "no mapping of pictures": (({"prompt": "<image>", "multi_modal_data": "image"}, 0.0, False, {}), "no attribute 'get'"),
+    "not an RGB array": (({"prompt": "<image>", "multi_modal_data": {"image": [np.ones((3, 3))]}}, 0, False, {}), "ndarray"),
+    "closed": (({"prompt": "<image>", "multi_modal_data": {"image": [closed_picture()]}}, 0, False, {}), "closed"),
+    "float picture": (({"prompt": "<image>", "multi_modal_data": {"image": [Image.new("F", (9, 9))]}}, 0, False, {}), "range"),
+    "no pixels": (({"prompt": "<image>", "multi_modal_data": {"image": [Image.new("L", (0, 9))]}}, 0, False, {}), "empty"),
+    "video": (([{"role": "user", "content": [{"type": "video"}]}], 0.0, False, {}), "allowed: text items and image items"),
+    "text item of nothing": (([{"role": "user", "content": [{"type": "text"}]}], 0.0, False, {}), "allowed: text items"),
+    "item of text": (([{"role": "user", "content": ["a"]}], 0.0, False, {}), "allowed: text items"),
+    "lone surrogate": (("a\ud800", 0.0, False, {}), "surrogates not allowed"),
+    "lone surrogate in a chat": (([{"role": "user", "content": "\udfff"}], 0.0, False, {}), "surrogates not allowed"),
+    "no end": (("a" * 1_000_001, 0.0, False, {}), "at most 1000000"),
+    "wrong box": (("a", 0.0, False, {"tool_call": ToolCall("a", True, box_px="abcd")}), "the box 'abcd'"),
+    "no box": (("a", 0.0, False, {"tool_call": ToolCall("a", True, shown_box_px=4)}), "has no len"),
+    "info that cannot be read": (("a", 0.0, False, {"error": Unreadable()}), "never"),
+    "raises what cannot be read": (Unreadable(), "str() failed"),
+    "endless recursion": (RecursionError("maximum recursion depth exceeded"), "recursion"),
+    "no memory": (MemoryError(), "MemoryError"),
 }
 
 
@@ -153,6 +203,7 @@ def test_nonsense_becomes_an_error_observation(store, task, kind):
     text = result.observation.text
     assert text.startswith("Error: ") and why in text
     assert result.observation.messages == [{"role": "tool", "content": text}] and result.rendered_text is None
+    text.encode()
     assert (result.done, result.reward, result.tool_calls[0].ok) == (False, 0.0, False)
     assert result.tool_calls[0].error == text.removeprefix("Error: ") and session.image_refs == list(task.images)
 
@@ -170,12 +221,36 @@ def test_a_tool_that_cannot_start_says_so_at_every_step(store, task):
 def test_make_session(store):
     assert make_session("", {}, store, LIMITS) is None
     with pytest.raises(ConfigError, match="visual_toolbox_v2"):
-        make_session("visual_toolbox", {}, store, LIMITS)
+        make_session("visual_toolbox_v22", {}, store, LIMITS)
     with pytest.raises(ConfigError, match="cannot be built: TypeError"):
         make_session("fractions:Fraction", {}, store, LIMITS)
+    with pytest.raises(ConfigError, match="is a SimpleNamespace; an env is a class that inherits ToolBase"):
+        make_session(f"{__name__}:no_env", {}, store, LIMITS)
     session = make_session("visual_toolbox_v2", {}, store, LIMITS)
     other = make_session("visual_toolbox_v2", {"visual_toolbox_v2": type(session.tool).Config(min_side_px=9)}, store, LIMITS)
     assert (session.tool.config.min_side_px, other.tool.config.min_side_px) == (4, 9) and session.tool is not other.tool
+
+
+def test_what_a_tool_calls_itself_is_made_printable(store, task):
+    for info in ({"tool_used": "\ud800<|im_end|>"}, {"tool_call": ToolCall("\ud800<|im_end|>", 1, error=None)}):
+        result, _ = step(store, task, ("a", 0.0, False, info))
+        assert result.tool_calls[0].name == "?< |im_end|>" and result.tool_calls[0].ok is True
+
+
+def test_a_chat_keeps_nothing_but_roles_texts_and_places(store, task):
+    content = [{"type": "image", "image": PICTURE}, {"type": "text", "text": "see", "cache": 1}]
+    raw = {"chat": [{"role": "user", "content": content, "name": "x"}], "multi_modal_data": {"image": [PICTURE]}}
+    result, _ = step(store, task, (raw, 0.0, False, {}))
+    assert result.observation.messages == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "see"}]}]
+
+
+def test_close_never_raises(store, task, caplog):
+    class Failing(Scripted):
+        def close(self):
+            raise OSError("gone")
+
+    EnvSession(Failing(()), store, LIMITS).close()
+    assert "cannot be closed" in caplog.text and ToolBase.stop == ()
 
 
 @pytest.mark.parametrize("done", [False, True])
