@@ -67,21 +67,33 @@ def check(result):
 
 
 # ---------------------------------------------------------------- what a model may write
+surrogates = st.characters(categories=["Cs"])  # JSON can spell half a character
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just([0, 0, 30, 30]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | surrogates | st.just([0, 0, 30, 30]),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6,
 )  # fmt: skip
 boxes = st.lists(st.floats() | st.integers(-50, 300) | st.integers(), min_size=3, max_size=4)
-names = st.sampled_from(["image_zoom_in_tool", "image_rotate_tool", "zoom_in", "reset", "__init__", "\ud800"]) | st.text(
-    max_size=9
+names = (
+    st.sampled_from(["image_zoom_in_tool", "image_rotate_tool", "zoom_in", "reset", "__init__"])
+    | st.text(max_size=9)
+    | surrogates
 )
 keys = st.sampled_from(["bbox_2d", "bbox", "region", "angle", "label", "image_index", "img_idx", "object", "image_path", "x"])
 arguments = st.dictionaries(keys, json_values | boxes | boxes.map(json.dumps), max_size=3)
 nested = st.fixed_dictionaries({"name": names, "arguments": arguments | arguments.map(json.dumps) | json_values})
 flat = st.builds(lambda key, name, more: {key: name, **more}, st.sampled_from(["function", "name"]), names, arguments)
-inner = st.text(max_size=40) | (nested | flat | flat.map(lambda call: [call]) | json_values).map(json.dumps)
+within = st.tuples(*[st.floats(0, 40) | st.integers(0, 40)] * 2, *[st.floats(20, 90) | st.integers(20, 300)] * 2).map(list)
+usable = st.one_of(
+    within.map(lambda box: {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": box}}),
+    within.map(lambda box: {"name": "image_zoom_in_tool", "arguments": {"bbox": box}}),
+    within.map(lambda box: {"name": "zoom_in", "arguments": {"region": box}}),
+    within.map(lambda box: {"function": "zoom_in", "bbox_2d": box}),
+    st.integers().map(lambda angle: {"name": "image_rotate_tool", "arguments": {"angle": angle}}),
+)
+inner = usable.map(json.dumps) | st.one_of(nested, flat, flat.map(lambda call: [call]), json_values).map(json.dumps)
+inner = inner | st.text(max_size=40)
 tags = st.sampled_from([
-    ("<tool_call>", "</tool_call>"), ("```json\n", "```"), ("<think>a</think><tool_call>", "</tool_call>"),
+    *[("<tool_call>", "</tool_call>"), ("```json\n", "```")] * 3, ("<think>a</think><tool_call>", "</tool_call>"),
     ("<|begin_of_query|>", "<|end_of_query|>"), ("<answer>", "</answer>"), ("<tool_call>", ""), ("", "</tool_call>"), ("", ""),
     ("<tool_call>", "<|image_pad|></tool_call>"), ("\\boxed{", "}"), ("<action>", "</action>"),
 ])  # fmt: skip
