@@ -4,8 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ENVS = ["httpx==0.28.1", "tenacity==9.2.1", "gymnasium==1.4.0"]  # the search tools; the games
-EXAMPLES = [*ENVS, "bm25s==0.3.16", "fastapi==0.136.3", "uvicorn==0.54.0"]  # the retriever of examples/rag
+ENVS = ["httpx>=0.28", "tenacity==9.2.1", "gymnasium==1.4.0"]  # search tools, games; vLLM brings httpx, fastapi, uvicorn
+EXAMPLES = [*ENVS, "bm25s==0.3.16", "fastapi>=0.136", "uvicorn>=0.54"]  # the retriever of examples/rag
 TEST = ["pytest==9.2.0", "pytest-timeout==2.4.0", "hypothesis==6.170.15"]
 
 setup(
