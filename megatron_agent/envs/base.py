@@ -47,7 +47,10 @@ class ToolBase:
         self.config = kwargs.get("config") or type(self).Config()
 
     def reset(self, raw_prompt: Any, multi_modal_data: Any, origin_multi_modal_data: Any, **kwargs: Any) -> None:
-        """Called once per episode: chat messages, the pictures as shown, the original pictures."""
+        """Called once per episode: chat messages, the pictures as shown, the original pictures.
+
+        `kwargs["extra_info"]` is what the dataset's row says beside them (`agent.tool_meta_key`).
+        """
 
     def execute(self, action_string: str, **kwargs: Any) -> tuple[Any, float, bool, dict[str, Any]]:
         """Called after every generation with its text."""
@@ -155,13 +158,13 @@ class EnvSession:
         """Start an episode. A tool that cannot start answers every step with the error."""
         self.image_refs, self._reset_error = list(task.images), None
         try:
-            prompt = copy.deepcopy(list(task.messages))
+            prompt, meta = copy.deepcopy(list(task.messages)), copy.deepcopy(task.extra_info)
             if isinstance(self.tool, PictureTool):
-                self.tool.reset(prompt, {}, {}, image_refs=self.image_refs, store=self.store)
+                self.tool.reset(prompt, {}, {}, image_refs=self.image_refs, store=self.store, extra_info=meta)
             else:
                 shown = {"image": [self.store.picture(ref) for ref in task.images]}
                 originals = {"image": [self.store.original(ref.source).copy() for ref in task.images]}
-                self.tool.reset(prompt, shown, originals)
+                self.tool.reset(prompt, shown, originals, extra_info=meta)
         except Exception as error:  # foreign code: see step
             logger.warning("env %s cannot start on %s", self.tool.name, task.task_id, exc_info=True)
             self._reset_error = error

@@ -62,7 +62,8 @@ def test_reset_hands_deepeyes_tools_pictures_of_both_sizes(store, task):
 
     EnvSession(Recorder(), store, LIMITS).reset(task)
     assert seen["shown"]["image"][0].size == (task.images[0].width_px, task.images[0].height_px) == (112, 84)
-    assert seen["original"]["image"][0].size == (300, 200) and seen["more"] == {}
+    assert seen["original"]["image"][0].size == (300, 200)
+    assert seen["more"] == {"extra_info": {}}
     seen["prompt"][0]["content"].clear()
     seen["original"]["image"][0].paste(0, (0, 0, 300, 200))
     assert task.messages[0]["content"] and np.asarray(store.original(task.images[0].source)).max() == 255
