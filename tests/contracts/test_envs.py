@@ -6,7 +6,6 @@ MEGATRON_AGENT_FUZZ=10000 tries so many random episodes in every env, in place o
 import json
 import math
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +20,8 @@ from megatron_agent.data.images import ImageStore, PixelLimits
 from megatron_agent.envs.base import StepResult, ToolBase, make_session
 from megatron_agent.models.qwen2_5_vl.renderer import Renderer
 from megatron_agent.types import ImageRef, Task, ToolCall
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
-import deepeyes_tools
+from tests.conftest import WORDS, quickstart
+from tests.contracts import deepeyes_tools
 
 LIMITS = PixelLimits(784, 3136)
 NUM_EXAMPLES = int(os.environ.get("MEGATRON_AGENT_FUZZ", "300"))
@@ -88,6 +86,7 @@ usable = st.one_of(
     within.map(lambda box: {"name": "image_zoom_in_tool", "arguments": {"bbox": box}}),
     within.map(lambda box: {"name": "zoom_in", "arguments": {"region": box}}),
     within.map(lambda box: {"function": "zoom_in", "bbox_2d": box}),
+    st.text(max_size=5).map(lambda text: {"name": "zoom_in", "arguments": {"object": text}}),
     st.integers().map(lambda angle: {"name": "image_rotate_tool", "arguments": {"angle": angle}}),
 )
 inner = usable.map(json.dumps) | st.one_of(nested, flat, flat.map(lambda call: [call]), json_values).map(json.dumps)
@@ -144,8 +143,10 @@ def test_episodes_do_not_leak_into_one_another(name, store, task):
 
 # ---------------------------------------------------------------- tools as they are written for DeepEyes
 @pytest.fixture(scope="module")
-def renderer(tiny_models):
-    return Renderer(str(tiny_models["tied"]))
+def renderer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    quickstart().make_tokenizer([WORDS]).save_pretrained(folder)
+    return Renderer(str(folder))
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def play(store, task, renderer):
     """Steps of an episode with one of the tools, each checked and turned into tokens as the agent loop does it."""
 
     def play(name, *actions):
-        session = make_session(f"deepeyes_tools:{name}", {}, store, LIMITS)
+        session = make_session(f"{deepeyes_tools.__name__}:{name}", {}, store, LIMITS)
         session.reset(task)
         for action in actions:
             result = session.step(action)

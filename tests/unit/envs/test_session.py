@@ -1,6 +1,7 @@
 """The session around a tool: what it hands over, how it reads what comes back, and that nothing escapes it."""
 
 import io
+import zlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -207,6 +208,63 @@ def test_nonsense_becomes_an_error_observation(store, task, kind):
     text.encode()
     assert (result.done, result.reward, result.tool_calls[0].ok) == (False, 0.0, False)
     assert result.tool_calls[0].error == text.removeprefix("Error: ") and session.image_refs == list(task.images)
+
+
+def encoded(picture, format="PNG", **options):
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def lying():
+    """Stored on its side; the file says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(Image.new("RGB", (80, 40)), "JPEG", exif=exif)
+
+
+ODD = {
+    "CMYK": (Image.new("CMYK", (60, 30), (0, 255, 255, 0)), (60, 30)),
+    "16 bit": (Image.fromarray(np.full((30, 60), 40_000, np.uint16)), (60, 30)),
+    "32 bit": (Image.new("I", (60, 30), 70_000), (60, 30)),
+    "alpha": (Image.new("LA", (60, 30), (0, 0)), (60, 30)),
+    "palette": (Image.new("P", (60, 30)), (60, 30)),
+    "1 bit": (Image.new("1", (60, 30)), (60, 30)),
+    "1x1": (Image.new("RGB", (1, 1)), (1, 1)),
+    "unread GIF": (lambda: Image.open(io.BytesIO(encoded(PICTURE, "GIF", save_all=True, append_images=[PICTURE]))), (60, 60)),
+    "unread, turned": (lambda: Image.open(io.BytesIO(lying())), (80, 40)),  # the pixels that the tool had
+    "file, turned": (lying, (40, 80)),
+    "file in a dict": (lambda: {"bytes": encoded(PICTURE, "WEBP"), "path": None}, (60, 60)),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_pictures_of_a_tool(store, task, kind):
+    picture, size_px = ODD[kind]
+    picture = picture() if callable(picture) else picture
+    result, _ = step(store, task, ({"prompt": "<image>", "multi_modal_data": {"image": [picture]}}, 0.0, False, {}))
+    (ref,) = result.observation.images
+    assert result.tool_calls[0].ok and store.original_size_px(ref.source) == size_px
+    assert store.pixels(ref).shape == (ref.height_px, ref.width_px, 3)
+
+
+def bomb():
+    """A PNG that says to be 60,000 px on a side."""
+    header = bytearray(encoded(Image.new("1", (1, 1))))
+    header[16:24] = (60_000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    return bytes(header)
+
+
+def truncated():
+    return encoded(Image.effect_noise((200, 200), 50))[:-9000]
+
+
+@pytest.mark.parametrize("make", [bomb, truncated, lambda: Image.open(io.BytesIO(truncated())), lambda: b"", lambda: b"GIF89a"])
+def test_pictures_that_are_none(store, task, make, tmp_path):
+    result, session = step(store, task, ({"prompt": "<image>", "multi_modal_data": {"image": [make()]}}, 0.0, False, {}))
+    assert result.observation.text.startswith("Error: ") and not result.tool_calls[0].ok
+    assert session.image_refs == list(task.images) and len([p for p in (tmp_path / "store").rglob("*") if p.is_file()]) == 1
 
 
 def test_a_tool_that_cannot_start_says_so_at_every_step(store, task):
