@@ -171,10 +171,7 @@ class Engine:
         Raises EngineError when vLLM refuses the request, or when it expands the pictures into another row than `row`:
         the trainer would then train on tokens that the model never saw.
         """
-        prompt: dict[str, Any] = {"prompt_token_ids": _collapse(row, self.image_pad_id)}
-        if images:
-            prompt["multi_modal_data"] = {"image": [self.store.picture(ref) for ref in images]}
-            prompt["multi_modal_uuids"] = {"image": [ref.key for ref in images]}
+        prompt = self._prompt(row, images)
         for _ in range(CACHE_MISS_ATTEMPTS):
             final = await self._request(prompt, self._parameters(sampling))
             if final.outputs[0].finish_reason != "error":
@@ -187,6 +184,14 @@ class Engine:
                 f"pictures must have sides that its processor keeps (multiples of 28 px, within its pixel limits)"
             )
         return self._finished(final)
+
+    def _prompt(self, row: list[int], images: list[ImageRef]) -> dict[str, Any]:
+        """vLLM's: one placeholder a picture, which it expands again."""
+        prompt: dict[str, Any] = {"prompt_token_ids": _collapse(row, self.image_pad_id)}
+        if images:
+            prompt["multi_modal_data"] = {"image": [self.store.picture(ref) for ref in images]}
+            prompt["multi_modal_uuids"] = {"image": [ref.key for ref in images]}
+        return prompt
 
     async def _request(self, prompt: dict[str, Any], parameters: SamplingParams) -> RequestOutput:
         final: RequestOutput | None = None
@@ -206,9 +211,10 @@ class Engine:
         self._num_requests += 1
         self._num_tokens += len(token_ids)
         self._num_prompt_tokens += len(final.prompt_token_ids or ())
-        self._num_cached_tokens += final.num_cached_tokens or 0
+        num_cached_tokens = final.num_cached_tokens or 0
+        self._num_cached_tokens += num_cached_tokens
         reason = output.finish_reason if output.finish_reason in ("stop", "length") else "aborted"
-        return Generation(token_ids, logprobs, versions_of(output, len(token_ids)), str(reason))
+        return Generation(token_ids, logprobs, versions_of(output, len(token_ids)), str(reason), num_cached_tokens)
 
     def _parameters(self, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams

@@ -20,3 +20,17 @@ class WorkerExtension:
     def describe_parameters(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of this worker's parameters; packed ones (CPU backend) have no elements left."""
         return {name: tuple(parameter.shape) for name, parameter in self.model_runner.get_model().named_parameters()}
+
+    def encoded_pictures(self) -> int:
+        """How many pictures the vision tower has encoded since the last call; the first call starts the count."""
+        model = self.model_runner.get_model()
+        if "num_encoded" not in vars(model):
+            model.num_encoded, embed = 0, model.embed_multimodal
+
+            def counting(**arguments: Any) -> Any:
+                model.num_encoded += len(arguments["image_grid_thw"])
+                return embed(**arguments)
+
+            model.embed_multimodal = counting
+        found, model.num_encoded = model.num_encoded, 0
+        return found
