@@ -164,13 +164,13 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
     algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
     rollouts = Rollouts(pool, renderer, store, reward, config.agent, config.rollout, config.env, config.seed)
     stages = Stages(config, data, actor, rollouts, algorithm, plan)
-    trainer = asyncio.create_task(_set_up(actor, config, plan))
+    trainer = asyncio.create_task(_set_up(actor, config, plan, rollouts.banned_token_ids))
     engines = asyncio.create_task(pool.init_weight_transfer(receivers(plan, config.training.dtype)))
     return stages, [trainer, engines]
 
 
-async def _set_up(actor: Actor, config: RunConfig, plan: TransferPlan) -> None:
-    await actor.set_up(config.model.family, config.model.path, config.seed, config.vision)
+async def _set_up(actor: Actor, config: RunConfig, plan: TransferPlan, banned_token_ids: tuple[int, ...]) -> None:
+    await actor.set_up(config.model.family, config.model.path, config.seed, config.vision, banned_token_ids)
     await actor.set_receivers([plan.sends(rank) for rank in range(config.training.layout.world_size)])
 
 

@@ -7,15 +7,16 @@ text and back, so the trainer gets the very tokens and pictures that vLLM was co
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_agent.errors import ConfigError, DataError, EnvError
+from megatron_agent.errors import ConfigError, DataError, EnvError, RequestLostError
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.rollout.tool_calls import ToolDeadlineError, ToolRunner
-from megatron_agent.types import ImageRef, Message, Status, Task, ToolCall, Trajectory, Turn
+from megatron_agent.types import ImageRef, LossUse, Message, Status, Task, ToolCall, Trajectory, Turn
 
 if TYPE_CHECKING:
     from megatron_agent.envs.base import EnvSession, StepResult
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MIN_TURN_TOKENS = 4  # a turn with less room than this cannot say anything
 TURN_SEED_STRIDE = 1_000_003
+NEVER_SCORED = (Status.ENGINE_LOST, Status.UNSCORED)
 
 
 class Generate(Protocol):
@@ -39,6 +41,8 @@ class AgentConfig:
 
     `tool_name_key` is the dataset column that names the tool, `tool_meta_key` the column with what the tool is told.
     `concurrent_workers` bounds the tools that run at once, `tool_timeout_s` each of their calls once it runs.
+    `on_status` says what the ends of trajectories mean to the loss, {length: mask, context_full: penalise, ...}: keep, mask,
+    penalise or drop (types.LossUse); an end that is not named keeps its trajectory. What has no reward is always dropped.
     """
 
     activate_agent: bool = True
@@ -53,6 +57,8 @@ class AgentConfig:
     max_vllm_images: int = 8
     max_vllm_videos: int = 0
     tool_timeout_s: float = 30.0
+    on_status: dict[str, str] = field(default_factory=dict)
+    status_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("single_response_max_tokens", "max_turns", "concurrent_workers", "max_vllm_images"):
@@ -66,6 +72,22 @@ class AgentConfig:
             raise ConfigError("agent.tool_name_key is empty; name the dataset column that holds the tool's name")
         if any(not stop for stop in self.custom_stop):
             raise ConfigError("agent.custom_stop holds an empty string, which would end every turn at once")
+        if not 0 <= self.status_penalty < math.inf:
+            raise ConfigError(f"agent.status_penalty={self.status_penalty} must be 0 or more: it is taken off the reward")
+        for status, use in self.on_status.items():
+            self._check_end(status, use)
+
+    def _check_end(self, status: str, use: str) -> None:
+        where = f"agent.on_status.{status}"
+        if status not in {known.value for known in Status}:
+            raise ConfigError(f"{where}: there is no such end; there are {', '.join(known.value for known in Status)}")
+        if use not in {known.value for known in LossUse}:
+            raise ConfigError(f"{where}={use!r}; allowed: {', '.join(known.value for known in LossUse)}")
+        if Status(status) in NEVER_SCORED and use != LossUse.DROP:
+            raise ConfigError(f"{where}={use!r}: such a trajectory has no reward; it can only be dropped")
+
+    def loss_use(self, status: Status) -> LossUse:
+        return LossUse.DROP if status in NEVER_SCORED else LossUse(self.on_status.get(status.value, LossUse.KEEP))
 
 
 async def run_episode(
@@ -133,7 +155,12 @@ class _Episode:
                 return Status.CONTEXT_FULL
             max_tokens = min(self.agent.single_response_max_tokens, room_tokens)
             sampling = self._sampling_of(turn_index, max_tokens)
-            turn, ended = self._turn_of(await self.generate(self.row, self.images, sampling))
+            try:
+                generation = await self.generate(self.row, self.images, sampling)
+            except RequestLostError as error:
+                logger.error("task %s, sample %d: %s", self.task.task_id, self.sample_index, error)
+                return Status.ENGINE_LOST
+            turn, ended = self._turn_of(generation)
             trajectory.turns.append(turn)
             self.row = self.row + turn.token_ids  # a new list: the engine may still hold the old one
             if ended is Status.LENGTH and max_tokens == room_tokens < self.agent.single_response_max_tokens:

@@ -8,12 +8,13 @@ import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_agent.types import Box, RewardParts, Status, Task, Trajectory, TrajectoryGroup, Unscored
+from megatron_agent.types import Box, LossUse, RewardParts, Status, Task, Trajectory, TrajectoryGroup, Unscored
 
 if TYPE_CHECKING:
     from megatron_agent.rewards.base import RewardBase
 
 ACCURACY_PART = "accuracy"
+PENALTY_PART = "status_penalty"
 
 
 def trajectory_seed(run_seed: int, step: int, task_id: str, sample_index: int) -> int:
@@ -42,7 +43,7 @@ async def collect(
     async def one(task: Task, sample_index: int) -> Trajectory:
         async with places:
             trajectory = await run_one(task, sample_index)
-        trajectory.reward = await reward.score(trajectory, task)
+        await _score(trajectory, reward)
         if on_scored is not None:
             on_scored(trajectory)
         return trajectory
@@ -59,6 +60,23 @@ async def collect(
         TrajectoryGroup(task, list(done[start : start + num_samples]))
         for task, start in zip(tasks, range(0, len(done), num_samples), strict=True)
     ]
+
+
+async def _score(trajectory: Trajectory, reward: RewardBase) -> None:
+    if trajectory.status is Status.ENGINE_LOST:
+        trajectory.reward = Unscored("its request was lost")
+        return
+    trajectory.reward = await reward.score(trajectory, trajectory.task)
+    if isinstance(trajectory.reward, Unscored) and trajectory.status is not Status.ABORTED:
+        trajectory.status = Status.UNSCORED
+
+
+def weigh_end(trajectory: Trajectory, use: LossUse, penalty: float) -> None:
+    """Note what a scored trajectory's end means to the loss; a penalty is a part of its reward, `status_penalty`."""
+    trajectory.loss_use = use
+    reward = trajectory.reward
+    if use is LossUse.PENALISE and isinstance(reward, RewardParts):
+        trajectory.reward = RewardParts(reward.parts | {PENALTY_PART: -penalty}, reward.weights | {PENALTY_PART: 1.0})
 
 
 def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:

@@ -9,12 +9,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_agent.errors import EngineError, MegatronAgentError, WeightSyncError, cause_of
+from megatron_agent.errors import EngineError, MegatronAgentError, RequestLostError, WeightSyncError, cause_of
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.types import ImageRef
 
 logger = logging.getLogger(__name__)
 
+MAX_LOSSES = 3  # of engines under one request, which may itself be what kills them
 MAX_REMEMBERED = 1 << 16  # trajectories; an evicted one only loses its prefix cache
 
 
@@ -55,10 +56,13 @@ class EnginePool:
         return index
 
     async def generate(self, trajectory_id: str, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
-        """One turn, on the trajectory's engine or, when that dies, on another one."""
+        """One turn, on the trajectory's engine or, when that dies, on another one.
+
+        Raises RequestLostError when MAX_LOSSES engines have died under it, EngineError when none is left.
+        """
         from ray.exceptions import RayActorError, RayTaskError
 
-        while True:
+        for _ in range(MAX_LOSSES):
             index = self.engine_for(trajectory_id)
             cost_tokens = len(row) + sampling.max_tokens
             self._tokens_in_flight[index] += cost_tokens
@@ -73,6 +77,8 @@ class EnginePool:
                 self._drop(index, error)
             finally:
                 self._tokens_in_flight[index] -= cost_tokens
+        self.engine_for(trajectory_id)  # that none is left at all is another matter
+        raise RequestLostError(f"{MAX_LOSSES} engines died under one request of {len(row)} tokens and {len(images)} pictures")
 
     async def _is_alive(self, index: int) -> bool:
         from ray.exceptions import RayError

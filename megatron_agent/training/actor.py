@@ -119,7 +119,10 @@ class Actor:
     def __init__(self, workers: Sequence[Any], config: TrainingConfig) -> None:
         self.workers, self.config, self.layout = list(workers), config, config.layout
 
-    async def set_up(self, family: str, model_path: str, seed: int, vision: VisionSection) -> None:
+    async def set_up(
+        self, family: str, model_path: str, seed: int, vision: VisionSection, banned_token_ids: tuple[int, ...] = ()
+    ) -> None:
+        """`banned_token_ids` were banned in sampling: log-probs are under the same ban."""
         address = await self.workers[0].address.remote()
         options = {
             "dtype": self.config.dtype,
@@ -128,6 +131,7 @@ class Actor:
             "recompute": self.config.recompute,
             "frozen": self.config.frozen,
             "replicate_vision": vision.replicate,
+            "banned_token_ids": banned_token_ids,
         }
         self.vision_lr_scale = vision.lr / self.config.lr if vision.lr else 1.0
         await self._all("set_up", address, family, model_path, options, self.config.offload)
