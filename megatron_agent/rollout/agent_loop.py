@@ -41,6 +41,7 @@ class AgentConfig:
 
     `tool_name_key` is the dataset column that names the tool, `tool_meta_key` the column with what the tool is told.
     `concurrent_workers` bounds the tools that run at once, `tool_timeout_s` each of their calls once it runs.
+    Strings of `custom_stop`, those that the tool declares and, with `stop_after_tool_call`, "</tool_call>" end a turn.
     `on_status` says what the ends of trajectories mean to the loss, {length: mask, context_full: penalise, ...}: keep, mask,
     penalise or drop (types.LossUse); an end that is not named keeps its trajectory. What has no reward is always dropped.
     """
@@ -52,6 +53,7 @@ class AgentConfig:
     tool_name_key: str = "env_name"
     tool_meta_key: str = "extra_info"
     custom_stop: list[str] = field(default_factory=list)
+    stop_after_tool_call: bool = False
     show_tqdm: bool = False
     vl_model_path: str = ""  # where the tokenizer is; empty: model.path
     max_vllm_images: int = 8

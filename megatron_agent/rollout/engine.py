@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,9 @@ class RolloutConfig:
 
     `ban_special_tokens` keeps the model from writing image placeholders at all; the trainer's log-probs are then taken
     under the same ban. Off by default: a trajectory that ends with such a token has a status of its own. `per_env` gives
-    the episodes of an env (by its name) settings of their own, `validation` those of evaluations.
+    the episodes of an env (by its name) settings of their own, `validation` those of evaluations. `oversample` is the share
+    of groups that a step starts beyond those that it waits for: the slowest are cancelled (a bias towards short episodes) or,
+    with `carry_over`, go on during the update and are part of a later step.
     """
 
     num_engines: int = 1
@@ -87,6 +90,8 @@ class RolloutConfig:
     num_cpu_threads: int = 1
     enforce_eager: bool = True
     ban_special_tokens: bool = False
+    oversample: float = 0.0
+    carry_over: bool = False
     per_env: dict[str, EnvSampling] = field(default_factory=dict)
     validation: ValidationSampling = field(default_factory=ValidationSampling)
 
@@ -100,6 +105,8 @@ class RolloutConfig:
             f"rollout.max_num_batched_tokens={self.max_num_batched_tokens} must be at least rollout.max_num_seqs="
             f"{self.max_num_seqs}: every running sequence needs a token of each step",
         )
+        _require(0 <= self.oversample < math.inf, f"rollout.oversample={self.oversample} must be 0 (off) or more")
+        _require(not self.carry_over or self.oversample > 0, "rollout.carry_over needs rollout.oversample above 0")
         _check_distribution("rollout", self.temperature, self.top_p, self.top_k)
         _require(self.dtype in DTYPES, f"rollout.dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}")
         _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must be above 0 and at most 1")

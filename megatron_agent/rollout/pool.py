@@ -60,6 +60,7 @@ class EnginePool:
 
         Raises RequestLostError when MAX_LOSSES engines have died under it, EngineError when none is left.
         """
+        import ray
         from ray.exceptions import RayActorError, RayTaskError
 
         for _ in range(MAX_LOSSES):
@@ -67,7 +68,12 @@ class EnginePool:
             cost_tokens = len(row) + sampling.max_tokens
             self._tokens_in_flight[index] += cost_tokens
             try:
-                return await self._handles[index].generate.remote(row, images, sampling)
+                call = self._handles[index].generate.remote(row, images, sampling)
+                try:
+                    return await call
+                except asyncio.CancelledError:  # of the episode: nobody reads on, so the engine need not write on
+                    ray.cancel(call)
+                    raise
             except RayActorError as error:
                 self._drop(index, error)
             except RayTaskError as error:
