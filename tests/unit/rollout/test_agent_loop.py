@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_agent.envs.base import Observation, StepResult, ToolBase
-from megatron_agent.errors import ConfigError, DataError
+from megatron_agent.errors import ConfigError, DataError, RequestLostError
 from megatron_agent.rollout.agent_loop import AgentConfig, run_episode
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.rollout.scripted import check_scripted, scripted_generate
@@ -177,6 +177,27 @@ def test_aborted_generation(renderer):
     assert (trajectory.status, trajectory.text) == (Status.ABORTED, "zoom")
 
 
+def test_a_lost_request_ends_its_trajectory_alone(renderer, caplog):
+    scripted = says_in_turn(renderer, "zoom")
+
+    async def generate(row, images, sampling):
+        if len(images) > 1:
+            raise RequestLostError("3 engines died")
+        return await scripted(row, images, sampling)
+
+    trajectory = play(renderer, generate, ToolSession(images=[CROP]))
+    assert (trajectory.status, len(trajectory.turns)) == (Status.ENGINE_LOST, 1)
+    assert "task t0, sample 3: 3 engines died" in caplog.text
+
+
+def test_what_an_end_means_to_the_loss():
+    agent = AgentConfig(on_status={"length": "mask", "aborted": "penalise"})
+    meant = {status: agent.loss_use(status).value for status in Status}
+    assert meant == dict.fromkeys(Status, "keep") | {
+        Status.LENGTH: "mask", Status.ABORTED: "penalise", Status.UNSCORED: "drop", Status.ENGINE_LOST: "drop"
+    }  # fmt: skip
+
+
 def test_tool_that_passes_its_deadline(renderer):
     session = ToolSession(seconds=0.3, images=[CROP])
     trajectory = play(renderer, ["zoom", "turn on", "zoom"], session, tool_timeout_s=0.05, max_turns=3)
@@ -261,8 +282,10 @@ def test_script_that_does_not_go_through(renderer, script, options, why):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("max_turns", 0), ("max_vllm_videos", 1), ("tool_timeout_s", 0.0), ("custom_stop", [""]), ("tool_name_key", "")],
-)
+    [("max_turns", 0), ("max_vllm_videos", 1), ("tool_timeout_s", 0.0), ("custom_stop", [""]), ("tool_name_key", ""),
+     ("on_status", {"lenght": "mask"}), ("on_status", {"length": "hide"}), ("on_status", {"unscored": "mask"}),
+     ("status_penalty", -1.0)],
+)  # fmt: skip
 def test_config_names_what_is_wrong(option, value):
     with pytest.raises(ConfigError, match=f"agent.{option}"):
         AgentConfig(**{option: value})
