@@ -16,7 +16,7 @@ from megatron_agent.types import Task, Trajectory, TrajectoryGroup
 
 
 async def evaluate(rollouts: Rollouts, tasks: Sequence[Task]) -> tuple[dict[str, float], list[Trajectory]]:
-    """Episodes of `tasks`, sampled as `rollout.validation` says -> metrics (accuracy, tool_rate, iou, ...) and the trajectories."""
+    """Episodes of `tasks`, sampled as `rollout.validation` says -> metrics (accuracy, tool_rate, iou, ...) and trajectories."""
     trajectories = await rollouts.validate(tasks)
     return rollout_metrics([TrajectoryGroup(t.task, [t]) for t in trajectories]), trajectories
 

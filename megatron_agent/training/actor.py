@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import ConfigError, TrainingError, cause_of
 from megatron_agent.training.layout import Layout
-from megatron_agent.types import ShardCopy, TrainSample
+from megatron_agent.types import ShardCopy, SyncRound, TrainSample
 
 if TYPE_CHECKING:
     from megatron_agent.algorithms.base import Algorithm
@@ -111,18 +111,16 @@ class Actor:
     """Handles of the ranks' Ray actors, in rank order. Every method is a collective over all of them.
 
     waits for: all ranks; the first that fails fails the call, and the others may hang in a collective: the caller stops
-    the run. Raises TrainingError naming the rank.
+    the run. Raises TrainingError naming the rank. Log-probs are taken as if `banned_token_ids` were banned, as in sampling.
     """
 
     head = "policy"
 
-    def __init__(self, workers: Sequence[Any], config: TrainingConfig) -> None:
+    def __init__(self, workers: Sequence[Any], config: TrainingConfig, banned_token_ids: tuple[int, ...] = ()) -> None:
+        self.banned_token_ids = banned_token_ids
         self.workers, self.config, self.layout = list(workers), config, config.layout
 
-    async def set_up(
-        self, family: str, model_path: str, seed: int, vision: VisionSection, banned_token_ids: tuple[int, ...] = ()
-    ) -> None:
-        """`banned_token_ids` were banned in sampling: log-probs are under the same ban."""
+    async def set_up(self, family: str, model_path: str, seed: int, vision: VisionSection) -> None:
         address = await self.workers[0].address.remote()
         options = {
             "dtype": self.config.dtype,
@@ -131,7 +129,7 @@ class Actor:
             "recompute": self.config.recompute,
             "frozen": self.config.frozen,
             "replicate_vision": vision.replicate,
-            "banned_token_ids": banned_token_ids,
+            "banned_token_ids": self.banned_token_ids,
         }
         self.vision_lr_scale = vision.lr / self.config.lr if vision.lr else 1.0
         await self._all("set_up", address, family, model_path, options, self.config.offload)
@@ -230,14 +228,18 @@ class Actor:
         plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch, self.layout.data_parallel, fewest)
         return interleavable(plan, self.layout)
 
+    async def places(self) -> list[tuple[str, str]]:
+        """(host, device) of every rank."""
+        return await self._all("place")
+
     async def set_receivers(self, copies: Sequence[list[ShardCopy]]) -> None:
         """`copies[rank]`: what a rank sends in every weight sync."""
         calls = [worker.set_receivers.remote(mine) for worker, mine in zip(self.workers, copies, strict=True)]
         await asyncio.gather(*(self._one(rank, call) for rank, call in enumerate(calls)))
 
-    async def send_weights(self, folder: Path) -> dict[int, str]:
-        """Every rank sends its shards to the receivers that meet it in `folder` -> rollout rank: why it did not get them."""
-        return {rank: why for lost in await self._all("send_weights", str(folder)) for rank, why in lost.items()}
+    async def send_weights(self, sync_round: SyncRound, only: frozenset[int] | None = None) -> dict[int, str]:
+        """Every rank sends its shards to the rollout ranks (of `only`) -> rollout rank: why it did not get them."""
+        return {rank: why for lost in await self._all("send_weights", sync_round, only) for rank, why in lost.items()}
 
     async def save(self, folder: Path) -> None:
         """Every rank copies its state; its files and part (snapshot.py) in `folder` follow while it works on."""

@@ -50,7 +50,7 @@ def test_values_and_gradients_equal_log_softmax(group, rows, vocab_size, tempera
 
 
 def test_banned_tokens_are_as_good_as_not_there(group, rows):
-    """Also those of another rank's columns: of ranks with 24 columns each, this one has the first, tokens 24 to 27 are not its."""
+    """Also where some are columns of other ranks."""
     hidden, weight, targets = rows
     banned = (2, 7, 25)
     ours, theirs = (weight.clone().requires_grad_() for _ in range(2))
