@@ -54,6 +54,8 @@ class ToolBase:
 
     name: str = ""
     runs_inline: ClassVar[bool] = False  # never waits, takes a few ms at most: called on the event loop, without deadline
+    stop: ClassVar[tuple[str, ...]] = ()  # strings that end a turn in this env, beside `agent.custom_stop`
+    workers: ClassVar[str] = "thread"  # where calls run: "thread", or "process" (then the tool must pickle between calls)
     config: Any
 
     @dataclass
@@ -73,6 +75,9 @@ class ToolBase:
     def schemas(self) -> list[dict[str, Any]]:
         """OpenAI's function schemas of what the model may call."""
         return []
+
+    def close(self) -> None:
+        """Called once at the end of an episode, however it ended."""
 
 
 def model_function(function: F) -> F:
@@ -165,6 +170,13 @@ class EnvSession:
         if result.tool_call is None:
             return result
         return replace(result, tool_call=replace(result.tool_call, seconds=time.monotonic() - started_s))
+
+    def close(self) -> None:
+        """The episode is over; the session takes no further step."""
+        try:
+            self.tool.close()
+        except Exception:  # foreign code: see step
+            logger.warning("env %s cannot be closed", self.tool.name, exc_info=True)
 
     def _step_result(self, returned: Any) -> StepResult:
         if not isinstance(returned, tuple) or len(returned) != 4:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MIN_TURN_TOKENS = 4  # a turn with less room than this cannot say anything
 TURN_SEED_STRIDE = 1_000_003
+TOOL_CALL_END = "</tool_call>"
 NEVER_SCORED = (Status.ENGINE_LOST, Status.UNSCORED)
 
 
@@ -134,10 +135,15 @@ class _Episode:
         trajectory = Trajectory(self.task, self.sample_index, list(prompt))
         self.row, self.images = prompt, list(self.task.images)
         session = env_factory(self.task) if self.agent.activate_agent and self.task.env_name else None
-        if session is None or await self._can_start(session):
-            trajectory.status = await self._turns(trajectory, session)
-        else:
-            trajectory.status = Status.ABORTED
+        self.stop = self._stop_strings(session)
+        try:
+            if session is None or await self._can_start(session):
+                trajectory.status = await self._turns(trajectory, session)
+            else:
+                trajectory.status = Status.ABORTED
+        finally:  # a cancelled episode closes its tool too
+            if session is not None:
+                await self._close(session)
         trajectory.seconds = time.perf_counter() - start_s
         return trajectory
 
@@ -148,6 +154,17 @@ class _Episode:
             logger.warning("task %s: env %s did not start: %r", self.task.task_id, self.task.env_name, error)
             return False
         return True
+
+    async def _close(self, session: EnvSession) -> None:
+        try:
+            await self.tools.call(session, session.close)
+        except EnvError as error:
+            logger.warning("task %s: env %s was not closed: %s", self.task.task_id, self.task.env_name, error)
+
+    def _stop_strings(self, session: EnvSession | None) -> tuple[str, ...]:
+        of_tool = session.tool.stop if session is not None else ()
+        of_call = (TOOL_CALL_END,) if session is not None and self.agent.stop_after_tool_call else ()
+        return tuple(dict.fromkeys([*self.agent.custom_stop, *of_call, *of_tool]))
 
     async def _turns(self, trajectory: Trajectory, session: EnvSession | None) -> Status:
         last_turn = self.agent.max_turns - 1 if session is not None else 0
@@ -185,7 +202,7 @@ class _Episode:
         # One seed for all turns would draw the same random numbers in each of them.
         seed = self.sampling.seed
         seed = None if seed is None else (seed + turn_index * TURN_SEED_STRIDE) % 2**31
-        return replace(self.sampling, max_tokens=max_tokens, stop=tuple(self.agent.custom_stop), seed=seed)
+        return replace(self.sampling, max_tokens=max_tokens, stop=self.stop, seed=seed)
 
     def _turn_of(self, generation: Generation) -> tuple[Turn, Status | None]:
         """The turn, and how the episode ends with it if it does.

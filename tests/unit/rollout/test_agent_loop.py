@@ -30,10 +30,13 @@ class ToolSession:
 
     def __init__(self, text="zoom", images=(), rendered_text=None, seconds=0.0):
         self.text, self.images, self.rendered_text, self.seconds = text, list(images), rendered_text, seconds
-        self.actions, self.image_refs, self.seen = [], [], []
+        self.actions, self.image_refs, self.seen, self.num_closed = [], [], [], 0
 
     def reset(self, task):
         self.image_refs = list(task.images)
+
+    def close(self):
+        self.num_closed += 1
 
     def step(self, action_text):
         self.actions.append(action_text)
@@ -106,6 +109,38 @@ def test_every_call_of_the_model_sees_the_row_so_far(renderer):
         trajectory.token_ids[: -len(trajectory.turns[1].token_ids)],
     ]
     assert [rest for _, *rest in rows] == [[[PICTURE], 9, ("</tool_call>",)], [[PICTURE, CROP], 9, ("</tool_call>",)]]
+
+
+def test_what_ends_a_turn(renderer):
+    class Searching(ToolBase):
+        stop = ("<|end_of_query|>", "</tool_call>")
+
+    scripted, stops = says_in_turn(renderer, "red"), []
+
+    async def generate(row, images, sampling):
+        stops.append(sampling.stop)
+        return await scripted(row, images, sampling)
+
+    session = ToolSession()
+    session.tool = Searching()
+    play(renderer, generate, session, custom_stop=["\n\n"], stop_after_tool_call=True)
+    no_tool = replace(TASK, env_name="")
+    scripted = says_in_turn(renderer, "red")
+    play(renderer, generate, session, task=no_tool, custom_stop=["\n\n"], stop_after_tool_call=True)
+    assert stops == [("\n\n", "</tool_call>", "<|end_of_query|>"), ("\n\n",)]
+
+
+def test_the_tool_is_closed_however_the_episode_ends(renderer):
+    sessions = [ToolSession(), ToolSession(), ToolSession()]
+
+    async def hangs(row, images, sampling):
+        raise asyncio.CancelledError
+
+    play(renderer, ["red"], sessions[0])
+    play(renderer, says(renderer, renderer.encode("zoom"), "aborted"), sessions[1])
+    with pytest.raises(asyncio.CancelledError):
+        play(renderer, hangs, sessions[2])
+    assert [session.num_closed for session in sessions] == [1, 1, 1]
 
 
 def test_every_turn_has_random_numbers_of_its_own(renderer):
