@@ -335,9 +335,10 @@ class Engine:
         return not self.llm.errored
 
     async def stats(self) -> dict[str, float]:
-        """Counts since the start, and the share of prompt tokens that the prefix cache had."""
+        """Counts since the start, requests under way, and the share of prompt tokens that the prefix cache had."""
         return {
             "num_requests": float(self._num_requests),
+            "num_unfinished_requests": float(self.llm.get_num_unfinished_requests()),
             "num_generated_tokens": float(self._num_tokens),
             "num_prompt_tokens": float(self._num_prompt_tokens),
             "prefix_cache_hit_rate": self._num_cached_tokens / max(1, self._num_prompt_tokens),
