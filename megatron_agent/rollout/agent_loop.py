@@ -156,6 +156,10 @@ class _Episode:
         return True
 
     async def _close(self, session: EnvSession) -> None:
+        from megatron_agent.envs.base import ToolBase
+
+        if type(session.tool).close is ToolBase.close:  # nothing to do, and so nothing to wait for a place for
+            return
         try:
             await self.tools.call(session, session.close)
         except EnvError as error:

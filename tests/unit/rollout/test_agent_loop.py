@@ -131,7 +131,13 @@ def test_what_ends_a_turn(renderer):
 
 
 def test_the_tool_is_closed_however_the_episode_ends(renderer):
+    class Closing(ToolBase):
+        def close(self):
+            raise AssertionError("the session stands before it")
+
     sessions = [ToolSession(), ToolSession(), ToolSession()]
+    for session in sessions:
+        session.tool = Closing()
 
     async def hangs(row, images, sampling):
         raise asyncio.CancelledError
