@@ -45,7 +45,7 @@ class Rollouts:
         self.pool, self.renderer, self.store, self.reward = pool, renderer, store, reward
         self.agent, self.config, self.env_configs, self.seed = agent, config, env_configs, seed
         self.tools = ToolRunner(agent.concurrent_workers, agent.tool_timeout_s)
-        self.banned_token_ids = tuple(sorted(renderer.forbidden_ids)) if config.ban_special_tokens else ()
+        self.banned_token_ids = tuple(sorted(renderer.reserved_ids)) if config.ban_special_tokens else ()
         self._agents = {name: of_env(agent, env) for name, env in config.per_env.items()}
         self._in_flight = IN_FLIGHT_PER_ENGINE * config.max_num_seqs * config.num_engines
         self._under_way = Collection(reward, self._in_flight)

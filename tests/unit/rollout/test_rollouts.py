@@ -140,7 +140,9 @@ def test_who_samples_how(renderer):
         (0.25, 0.5, 0, 9, ("!", "</done>")),
         (0.25, 0.5, 0, 9, ("!", "</done>")),
     ]
-    assert {sampling.banned_token_ids for _, sampling in asked} == {tuple(sorted(renderer.forbidden_ids))}
+    (banned,) = {sampling.banned_token_ids for _, sampling in asked}
+    assert {renderer.image_pad_id, renderer.tokenizer.convert_tokens_to_ids("<|im_start|>")} <= set(banned)
+    assert not {*renderer.stop_token_ids, *renderer.encode("<tool_call>red")} & set(banned)
     assert len({sampling.seed for _, sampling in asked}) == 4
 
 
