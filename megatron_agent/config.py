@@ -23,6 +23,7 @@ from megatron_agent.errors import ConfigError
 from megatron_agent.observe.boards import ObserveConfig
 from megatron_agent.rollout.agent_loop import AgentConfig
 from megatron_agent.rollout.engine import RolloutConfig
+from megatron_agent.rollout.rollouts import of_env
 from megatron_agent.training.actor import TrainingConfig, VisionSection
 
 T = TypeVar("T")
@@ -153,6 +154,9 @@ def check_across_sections(config: RunConfig) -> None:
         f"rollout.dtype={rollout.dtype!r} differs from training.dtype={training.dtype!r}, in which weights are sent; "
         f"give the same to both",
     )
+    for name, env in rollout.per_env.items():
+        registry.resolve("envs", name)
+        of_env(config.agent, env)
     if training.num_steps:
         check_sampling(rollout)
     require(
@@ -177,11 +181,12 @@ def check_sampling(rollout: RolloutConfig) -> None:
         f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: the trainer's log-probs are of the full "
         f"distribution; training needs top_p=1 and top_k=0",
     )
-    require(
-        not rollout.ban_special_tokens,
-        "rollout.ban_special_tokens: the trainer's log-probs are of the full distribution and know nothing of the ban; "
-        "set it to false for training",
-    )
+    for name, env in rollout.per_env.items():
+        require(
+            env.temperature in (None, rollout.temperature) and env.top_p in (None, 1) and env.top_k in (None, 0),
+            f"rollout.per_env.{name}: the trainer takes log-probs of all rows at rollout.temperature={rollout.temperature} and "
+            f"of the full distribution; training needs the same here",
+        )
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

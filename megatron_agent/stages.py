@@ -130,13 +130,14 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
 
     The engines take longer; a warm start may run meanwhile.
     """
-    actor = Actor(cluster.start_workers(config, store), config.training)
+    workers = cluster.start_workers(config, store)
     restart = functools.partial(cluster.start_engine, config, store)
     pool = EnginePool(cluster.start_engines(config, store), restart, config.rollout.max_restarts)
     renderer = family.renderer(config.agent.vl_model_path or config.model.path)
     reward = registry.resolve("rewards", config.reward_name)(config.reward)
     algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
     rollouts = Rollouts(pool, renderer, store, reward, config.agent, config.rollout, config.env, config.seed)
+    actor = Actor(workers, config.training, rollouts.banned_token_ids)
     stages = Stages(config, data, actor, rollouts, algorithm, WeightSync(config, family, actor, pool))
     trainer = actor.set_up(config.model.family, config.model.path, config.seed, config.vision)
     return stages, [asyncio.create_task(trainer), asyncio.create_task(pool.started())]

@@ -54,6 +54,7 @@ async def train(config: RunConfig) -> Progress:
                             await progress.save(parts)
                     if is_due(step, config.evaluation.every_steps) and step < config.training.num_steps:
                         await evaluate_all(parts, progress, "between", boards, stop)
+                await parts.rollouts.close()
                 await progress.save(parts)
                 await evaluate_all(parts, progress, "after", boards, stop)
             except (StopRequested, EngineError):  # the trainer is whole
@@ -96,10 +97,11 @@ async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards,
     """Rollouts may be cut short by a stop signal; update and sync finish, so that weights and progress agree."""
     config, timer = parts.config, Timer()
     assert parts.data.train is not None
-    tasks = parts.data.train.next(config.training.prompts_per_step)
+    num_groups = config.training.prompts_per_step
+    tasks = parts.data.train.next(parts.rollouts.num_wanted(num_groups))
     with timer.phase("step"):
         with timer.phase("rollout"):
-            groups = await stop.or_done(parts.rollouts.sample(tasks, step), f"step {step}: rollouts", boards)
+            groups = await stop.or_done(parts.rollouts.sample(tasks, step, num_groups), f"step {step}: rollouts", boards)
         samples = to_samples(groups, parts.algorithm)
         async with parts.weights.lock:
             with timer.phase("train"):

@@ -36,6 +36,7 @@ class ToolBase:
     runs_inline: ClassVar[bool] = False  # never waits, takes a few ms at most: called on the event loop, without deadline
     stop: ClassVar[tuple[str, ...]] = ()  # strings that end a turn in this env, beside `agent.custom_stop`
     answer_role: ClassVar[str] = "tool"  # of the messages that answer a call, errors too
+    workers: ClassVar[str] = "thread"  # where calls run: "thread", or "process" (then the tool must pickle between calls)
     config: Any
 
     @dataclass

@@ -152,7 +152,7 @@ class DecoderStage(MegatronModule):
         if self.options.head == "value":
             return self.value_head(hidden_Rh)
         group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
-        shard = VocabularyShard(self.options.vocab_size, rank, group)
+        shard = VocabularyShard(self.options.vocab_size, rank, group, banned_token_ids=batch.banned_token_ids)
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights

@@ -111,12 +111,13 @@ class Actor:
     """Handles of the ranks' Ray actors, in rank order. Every method is a collective over all of them.
 
     waits for: all ranks; the first that fails fails the call, and the others may hang in a collective: the caller stops
-    the run. Raises TrainingError naming the rank.
+    the run. Raises TrainingError naming the rank. Log-probs are taken as if `banned_token_ids` were banned, as in sampling.
     """
 
     head = "policy"
 
-    def __init__(self, workers: Sequence[Any], config: TrainingConfig) -> None:
+    def __init__(self, workers: Sequence[Any], config: TrainingConfig, banned_token_ids: tuple[int, ...] = ()) -> None:
+        self.banned_token_ids = banned_token_ids
         self.workers, self.config, self.layout = list(workers), config, config.layout
 
     async def set_up(self, family: str, model_path: str, seed: int, vision: VisionSection) -> None:
@@ -128,6 +129,7 @@ class Actor:
             "recompute": self.config.recompute,
             "frozen": self.config.frozen,
             "replicate_vision": vision.replicate,
+            "banned_token_ids": self.banned_token_ids,
         }
         self.vision_lr_scale = vision.lr / self.config.lr if vision.lr else 1.0
         await self._all("set_up", address, family, model_path, options, self.config.offload)

@@ -50,6 +50,7 @@ class MegatronModel:
         head: str = "policy",
         frozen: str = "",
         replicate_vision: bool = False,
+        banned_token_ids: tuple[int, ...] = (),
     ) -> None:
         cpu.install()
         from megatron.core import parallel_state
@@ -57,7 +58,7 @@ class MegatronModel:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         self.family, self.layout, self.head, self.temperature = family, layout, head, 1.0
-        self.rank, self.seed = dist.get_rank(), seed
+        self.rank, self.seed, self.banned_token_ids = dist.get_rank(), seed, banned_token_ids
         parallel_state.initialize_model_parallel(
             layout.tensor_parallel,
             layout.pipeline_parallel,
@@ -253,7 +254,7 @@ class MegatronModel:
             of_stage = pixels if stage.is_first else None
             for ids, length in zip(microbatches, pad_to):
                 batch = build_microbatch(samples, ids, self.family, of_stage, length, multiple)
-                yield to_device(replace(batch, temperature=self.temperature))
+                yield to_device(replace(batch, temperature=self.temperature, banned_token_ids=self.banned_token_ids))
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch, kept = self._own_targets(next(iterator))
