@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import ConfigError, TrainingError, cause_of
 from megatron_agent.training.layout import Layout
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
 from megatron_agent.types import ShardCopy, TrainSample
 
 if TYPE_CHECKING:
@@ -116,31 +117,21 @@ class Actor:
 
     head = "policy"
 
-    def __init__(self, workers: Sequence[Any], config: TrainingConfig) -> None:
-        self.workers, self.config, self.layout = list(workers), config, config.layout
+    def __init__(self, workers: Sequence[Any], config: TrainingConfig, frozen: str = "") -> None:
+        """`frozen` in place of `config.frozen`: "all" for a model that is only asked for log-probs."""
+        self.workers, self.config, self.layout, self.frozen = list(workers), config, config.layout, frozen
 
     async def set_up(self, family: str, model_path: str, seed: int, vision: VisionSection) -> None:
         address = await self.workers[0].address.remote()
-        options = {
-            "dtype": self.config.dtype,
-            "seed": seed,
-            "head": self.head,
-            "recompute": self.config.recompute,
-            "frozen": self.config.frozen,
-            "replicate_vision": vision.replicate,
-        }
+        frozen = self.frozen or self.config.frozen
+        options = ModelOptions(self.config.dtype, seed, self.config.recompute, self.head, frozen, vision.replicate)
         self.vision_lr_scale = vision.lr / self.config.lr if vision.lr else 1.0
         await self._all("set_up", address, family, model_path, options, self.config.offload)
 
     async def reset_optimizer(self, lr: float, clip_grad: float) -> None:
-        options = {
-            "lr": lr,
-            "weight_decay": self.config.weight_decay,
-            "betas": tuple(self.config.betas),
-            "clip_grad": clip_grad,
-            "vision_lr_scale": self.vision_lr_scale,
-        }
-        await self._all("reset_optimizer", **options)
+        first, second = self.config.betas
+        options = OptimizerOptions(lr, self.config.weight_decay, (first, second), clip_grad, self.vision_lr_scale)
+        await self._all("reset_optimizer", options)
 
     async def update(
         self, samples: list[TrainSample], algorithm: Algorithm, lr: float, num_minibatches: int = 1, temperature: float = 1.0
@@ -250,8 +241,8 @@ class Actor:
     async def load(self, folder: Path) -> None:
         await self._all("load", str(folder.absolute()))
 
-    async def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
-        calls = [getattr(worker, method).remote(*arguments, **options) for worker in self.workers]
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
         return list(await asyncio.gather(*(self._one(rank, call) for rank, call in enumerate(calls))))
 
     async def _one(self, rank: int, call: Awaitable[Any]) -> Any:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_agent.training.loss import LossStats
-    from megatron_agent.types import MicroBatch, TrainSample
+    from megatron_agent.types import BatchSize, MicroBatch, TrainSample
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class ValueObjective:
         if self.clip < 0:
             raise ConfigError(f"critic's value clip={self.clip} must be 0 (off) or more")
 
-    def loss(self, values_R: torch.Tensor, batch: MicroBatch, num_tokens: int, stats: LossStats) -> torch.Tensor:
-        """The micro-batch's share of the token-mean over `num_tokens` action tokens of the mini-batch."""
+    def loss(self, values_R: torch.Tensor, batch: MicroBatch, size: BatchSize, stats: LossStats) -> torch.Tensor:
+        """The micro-batch's share of the token-mean over the mini-batch's action tokens."""
         returns = batch.returns_R
         if returns is None:
             raise ValueError("the samples have no returns: fill returns_T before the critic's update")
@@ -54,7 +54,7 @@ class ValueObjective:
             ("residual_squared", (returns - values_R.detach()).square()),
         ):
             stats.add(name, found)
-        return error.sum() / (2 * num_tokens)
+        return error.sum() / (2 * size.num_tokens)
 
 
 def explained_variance(means: dict[str, float]) -> float:

@@ -6,6 +6,7 @@ import torch
 from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.training.layout import Layout
 from megatron_agent.training.loss import Supervised
+from megatron_agent.training.options import OptimizerOptions
 from megatron_agent.types import LossInputs, LossOutputs
 
 NUM_ROWS = 7  # no multiple of the data-parallel ranks
@@ -64,7 +65,7 @@ class Gradients:
     def __init__(self, path, layout):
         self.layout, self.model = layout, rank_jobs.make_model(path, layout)
         self.samples = rank_jobs.make_samples(self.model.family)[:NUM_ROWS]
-        self.model.reset_optimizer(0.0, 0.0, rank_jobs.BETAS, 0.0)
+        self.model.reset_optimizer(OptimizerOptions(0.0, 0.0, rank_jobs.BETAS, 0.0))
 
     def of(self, samples, plan, algorithm, denominator):
         self.model.update(samples, plan, rank_jobs.pixels, algorithm, denominator, 0.0, 1.0)
