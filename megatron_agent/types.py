@@ -299,6 +299,21 @@ class LossOutputs:
 Slices: TypeAlias = tuple[tuple[int, int], ...]  # (start, stop) per dim
 
 
+TRANSPORTS = ("auto", "shared_memory", "cuda_ipc", "nccl", "gloo")  # what carries weights from rank to rank
+
+
+@dataclass(frozen=True)
+class SyncRound:
+    """One round of weight transfer: where its store is (host, port), what it is called there, the secret that both sides
+    know, and what carries the bytes (weights/meeting.py)."""
+
+    host: str
+    port: int
+    name: str
+    key: str
+    transport: str = "auto"
+
+
 @dataclass(frozen=True)
 class ShardCopy:
     """Move `src_slice` of a Megatron rank's parameter to `dst_slice` of a vLLM rank's parameter (equal shapes)."""
