@@ -235,11 +235,21 @@ class MicroBatch:
     returns_R: torch.Tensor | None = None  # float32 [R]
     reference_logprobs_R: torch.Tensor | None = None  # float32 [R]
     lag_R: torch.Tensor | None = None  # int64 [R]
+    reference: ReferenceHead | None = None  # for the divergence over the whole vocabulary
+    wants_hidden: bool = False  # the last stage gives the targets' hidden states [R, h] in place of log-probs
     temperature: float = 1.0  # at which the targets were sampled: log-probs are of that distribution
 
     @property
     def num_tokens(self) -> int:
         return int(self.token_ids_T.shape[0])
+
+
+@dataclass(frozen=True)
+class ReferenceHead:
+    """What a reference policy made of the same targets, one multiplication before its logits."""
+
+    hidden_Rh: torch.Tensor
+    weight: torch.Tensor  # this rank's shard of the vocabulary head [V_padded / tp, h]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Algorithm(ABC):
 
     @property
     def needs_reference(self) -> bool:
-        """`reference_logprobs_T`: of the policy at the first step, or of `teacher_path`."""
+        """`reference_logprobs_T` (unless `needs_full_kl`): of the policy at the first step, or of `teacher_path`."""
         return False
 
     @property

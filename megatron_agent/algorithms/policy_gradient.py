@@ -83,7 +83,7 @@ class PolicyGradient(Algorithm):
             weights, cut = importance_weights(inputs, options.importance)
             loss = loss * weights
             metrics |= {"importance_weight": weights, "importance_cut_fraction": cut.float()}
-        if self.needs_reference and inputs.reference_logprobs_R is not None:
+        if self.needs_reference:
             kl = self._kl(inputs)
             metrics["kl"] = kl.detach()
             if options.kl.where == "loss":
@@ -93,9 +93,10 @@ class PolicyGradient(Algorithm):
         return LossOutputs(loss, metrics)
 
     def _kl(self, inputs: LossInputs) -> torch.Tensor:
-        if self.config.kl.estimator != "full":
-            assert inputs.reference_logprobs_R is not None
-            return kl_estimate(inputs.logprobs_R - inputs.reference_logprobs_R, self.config.kl.estimator)
-        if inputs.full_kl_R is None:
-            raise ValueError("kl.estimator='full' needs full_kl_R of the trainer")
-        return inputs.full_kl_R
+        if self.needs_full_kl:
+            if inputs.full_kl_R is None:
+                raise ValueError("kl.estimator='full' needs full_kl_R of the trainer")
+            return inputs.full_kl_R
+        if inputs.reference_logprobs_R is None:
+            raise ValueError("kl.coefficient above 0: fill reference_logprobs_T before the update")
+        return kl_estimate(inputs.logprobs_R - inputs.reference_logprobs_R, self.config.kl.estimator)

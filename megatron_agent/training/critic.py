@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_agent.errors import ConfigError
-from megatron_agent.training.actor import Actor, VisionSection
+from megatron_agent.training.actor import Actor
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from megatron_agent.training.loss import LossStats
@@ -67,18 +65,11 @@ def explained_variance(means: dict[str, float]) -> float:
 class Critic(Actor):
     """All ranks of a critic behind one object; `save`, `load` and the rest as the actor's.
 
-    `set_up` starts from a policy: a Hugging Face folder, and over it `policy_checkpoint`, a training checkpoint of the
-    actor, if given. The value head starts at zero.
+    It starts from a policy: a Hugging Face folder, and by `load_weights` a training checkpoint. The value head starts at
+    zero.
     """
 
     head = "value"
-
-    async def set_up(
-        self, family: str, model_path: str, seed: int, vision: VisionSection, policy_checkpoint: Path | None = None
-    ) -> None:
-        await super().set_up(family, model_path, seed, vision)
-        if policy_checkpoint is not None:
-            await self._all("load_weights", str(policy_checkpoint.absolute()))
 
     async def fill_values(self, samples: list[TrainSample]) -> None:
         """`values_T` of every sample: estimates at its action tokens, 0 elsewhere."""
@@ -92,7 +83,7 @@ class Critic(Actor):
         if not samples:
             return {}
         await self.to_device()
-        total, grad_norm = await self._take_steps(samples, objective, lr, num_minibatches, temperature=1.0)
+        total, grad_norm, _ = await self._take_steps(samples, objective, lr, num_minibatches, temperature=1.0)
         means = total.means()
         return {
             "value_loss": means["loss"],

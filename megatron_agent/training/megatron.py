@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from megatron_agent.training.loss import LossStats, PolicyOutput, add_gap, micro
 from megatron_agent.training.offload import check_on_device
 from megatron_agent.training.options import ModelOptions, OptimizerOptions
 from megatron_agent.training.packing import Pixels, build_microbatch, keep_targets, padded_length
-from megatron_agent.types import BatchSize, MicroBatch, TrainSample
+from megatron_agent.types import BatchSize, MicroBatch, ReferenceHead, TrainSample
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -77,6 +78,7 @@ class MegatronModel:
         freeze(self.chunks, options.frozen)
         mark_tensor_parallel(self.module, {p.param for p in self.pieces if is_tensor_parallel(p, table)})
         self.ddp = self._data_parallel()
+        self.reference: list[torch.Tensor] = []
         self.reset_optimizer(OptimizerOptions(lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), clip_grad=1.0))
 
     def _megatron_config(self, options: ModelOptions) -> TransformerConfig:
@@ -167,7 +169,8 @@ class MegatronModel:
         self.optimizer.zero_grad()
         stats = LossStats()
         loss = partial(self._loss, algorithm=algorithm, size=size, stats=stats)
-        self._run(samples, microbatches, pixels, loss, forward_only=False)
+        heads = self._reference_heads(samples, microbatches, pixels) if getattr(algorithm, "needs_full_kl", False) else None
+        self._run(samples, microbatches, pixels, loss, heads=heads)
         if self.visual is not None:
             stats.maxima["vision_imbalance"] = self.visual.take_imbalance()
         self._refuse_nan(stats)
@@ -208,10 +211,53 @@ class MegatronModel:
             return per_token.sum(), torch.tensor(1, dtype=torch.int), {}
 
         with torch.no_grad():
-            self._run(samples, microbatches, pixels, collect, forward_only=True)
+            self._run(samples, microbatches, pixels, collect)
         if not self.is_reporter:
             return {}, LossStats()
         return (found if self.at.context == 0 else {}), stats
+
+    @torch.no_grad()
+    def _reference_heads(
+        self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels
+    ) -> list[ReferenceHead | None]:
+        """The reference's of every micro-batch, hidden states in host memory; None but on the last stage."""
+        found: list[torch.Tensor] = []
+
+        def collect(output: torch.Tensor, batch: MicroBatch, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            found.append(output.cpu())
+            return output.sum(), torch.tensor(1, dtype=torch.int), {}
+
+        with self.as_reference():
+            self._run(samples, microbatches, pixels, collect, wants_hidden=True)
+            weight = self.chunks[-1].output_weight().detach().clone() if self.stages[-1].is_last else None
+        if weight is None:
+            return [None] * len(microbatches)
+        return [ReferenceHead(hidden, weight) for hidden in found]
+
+    def keep_reference(self) -> None:
+        """The weights as they are now become the reference's, in host memory."""
+        pinned = torch.cuda.is_available()
+        self.reference = [
+            torch.empty_like(p, device="cpu", pin_memory=pinned).copy_(p.detach()) for p in self.module.parameters()
+        ]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model computes with the reference's weights; its own come back bit for bit."""
+        if not self.reference:
+            raise TrainingError(f"rank {self.rank}: no reference is kept; call keep_reference first")
+        self._swap_reference()
+        try:
+            yield
+        finally:
+            self._swap_reference()
+
+    @torch.no_grad()
+    def _swap_reference(self) -> None:
+        for parameter, other in zip(self.module.parameters(), self.reference, strict=True):
+            mine = parameter.detach().clone()
+            parameter.copy_(other)
+            other.copy_(mine)
 
     def _loss(
         self,
@@ -229,8 +275,15 @@ class MegatronModel:
         return loss, torch.tensor(1, dtype=torch.int), {}
 
     def _run(
-        self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels, loss: Callable, forward_only: bool
+        self,
+        samples: list[TrainSample],
+        microbatches: list[list[int]],
+        pixels: Pixels,
+        loss: Callable,
+        heads: list[ReferenceHead | None] | None = None,
+        wants_hidden: bool = False,
     ) -> None:
+        """Forward over all micro-batches and, where gradients are enabled, backward."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         layout = self.layout
@@ -242,9 +295,9 @@ class MegatronModel:
 
         def batches(stage: StageSpec) -> Iterator[MicroBatch]:
             of_stage = pixels if stage.is_first else None
-            for ids, length in zip(microbatches, pad_to):
+            for ids, length, head in zip(microbatches, pad_to, heads or [None] * len(pad_to)):
                 batch = build_microbatch(samples, ids, self.family, of_stage, length, multiple)
-                yield to_device(replace(batch, temperature=self.temperature))
+                yield to_device(replace(batch, temperature=self.temperature, reference=head, wants_hidden=wants_hidden))
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch, kept = self._own_targets(next(iterator))
@@ -257,7 +310,7 @@ class MegatronModel:
             num_microbatches=len(microbatches),
             seq_length=longest,  # of the whole row; Megatron divides by the context and sequence parallel degrees
             micro_batch_size=1,
-            forward_only=forward_only,
+            forward_only=not torch.is_grad_enabled(),
         )
 
     def _own_targets(self, batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor]:
@@ -314,4 +367,6 @@ def to_device(batch: MicroBatch) -> MicroBatch:
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
                 setattr(batch, name, value.cuda(non_blocking=True))
+        if batch.reference is not None:
+            batch.reference = replace(batch.reference, hidden_Rh=batch.reference.hidden_Rh.cuda(non_blocking=True))
     return batch

@@ -100,6 +100,18 @@ class Worker:
         with self.offload.on_device("parameters"):
             return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
 
+    def keep_reference(self, folder: str | None) -> None:
+        """The reference is the model as it is, or with the weights of a checkpoint, which it then keeps."""
+        if folder is not None:
+            self.load_weights(folder)
+        with self.offload.on_device("parameters"):
+            self.model.keep_reference()
+
+    def reference_logprobs(self, samples: list[TrainSample], plan: list[list[list[int]]], temperature: float):
+        """`logprobs` under the reference's weights."""
+        with self.offload.on_device("parameters"), self.model.as_reference():
+            return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
+
     def place(self) -> tuple[str, str]:
         """(host, device), as weights/topology.py counts them."""
         from megatron_agent.weights.sender import place
@@ -133,7 +145,7 @@ class Worker:
             load_megatron(self.model, Path(folder))
 
     def load_weights(self, folder: str) -> None:
-        """Those of a policy's training checkpoint, into a critic."""
+        """Those of a policy's training checkpoint, without its optimizer; also into a critic."""
         from megatron_agent.training.checkpoint import load_weights
 
         with self.offload.on_device("all"):
