@@ -55,7 +55,7 @@ class PolicyGradient(Algorithm):
     def rewards(self, sample: TrainSample) -> np.ndarray:
         """[A]: the reward of every action token, less its KL where that is in the reward."""
         rewards = token_rewards(sample)
-        if not self.needs_old_logprobs:
+        if not self.needs_old_logprobs or not len(rewards):
             return rewards
         if sample.old_logprobs_T is None or sample.reference_logprobs_T is None:
             raise ValueError("kl.where='reward': fill old_logprobs_T and reference_logprobs_T before advantages")

@@ -32,6 +32,8 @@ class PPO(PolicyGradient):
 
     def _estimates(self, sample: TrainSample) -> tuple[np.ndarray, np.ndarray]:
         """-> (advantages, values), [A]."""
+        if not sample.num_action_tokens:
+            return np.zeros(0), np.zeros(0)
         if sample.values_T is None:
             raise ValueError("PPO's advantages need values_T: let the critic fill them first")
         values = actions(sample, sample.values_T)

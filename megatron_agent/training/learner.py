@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 CRITIC_FOLDER = "critic"  # in a checkpoint
 
 
+def model_folders(checkpoint: Path) -> list[Path]:
+    """Where the models of a checkpoint lie, the policy first."""
+    critic = checkpoint / CRITIC_FOLDER
+    return [checkpoint, critic] if critic.is_dir() else [checkpoint]
+
+
 @dataclass
 class Learner:
     """consumes: scored samples. waits for: the ranks of the policy and of what the algorithm needs beside it.
@@ -88,8 +94,8 @@ class Learner:
     async def load(self, folder: Path) -> None:
         """A critic's part may be missing, in a run that begins to use one: it then stays as it is."""
         await self.actor.load(folder)
-        if self.critic is not None and (folder / CRITIC_FOLDER).is_dir():
-            await self.critic.load(folder / CRITIC_FOLDER)
+        for model, of_model in zip(self._saved()[1:], model_folders(folder)[1:]):
+            await model.load(of_model)
 
     def _saved(self) -> list[Actor]:
         return [self.actor] if self.critic is None else [self.actor, self.critic]
