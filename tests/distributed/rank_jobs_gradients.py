@@ -41,6 +41,7 @@ def algorithms():
         weights = {"correction": "truncate", "level": level, "high": 1.1, "max_lag": 1}
         kl = {"coefficient": 0.5, "estimator": "k3"}
         found[f"grpo {level}"] = _grpo({"importance": weights, "kl": kl, "entropy_coefficient": 0.3, "dual_clip": 1.5})
+    found["grpo full KL"] = _grpo({"kl": {"coefficient": 0.5, "estimator": "full"}})
     return found | {"supervised": Supervised()}
 
 
@@ -56,6 +57,9 @@ class Gradients:
         self.layout, self.model = layout, rank_jobs.make_model(path, layout)
         self.samples = rank_jobs.make_samples(self.model.family)[:NUM_ROWS]
         self.model.reset_optimizer(OptimizerOptions(0.0, 0.0, rank_jobs.BETAS, 0.0))
+        self.model.keep_reference()
+        for weight in self.model.reference:  # another policy, the same in every layout
+            weight.mul_(0.9)
 
     def plan(self, budget):
         return rank_jobs.plan_for(self.samples, self.layout, budget)[self.model.at.data]
@@ -139,4 +143,39 @@ def on_policy(path, layout):
         _, stats = gradients.of(samples, gradients.plan(52), algorithm, BatchSize.of(samples))
         if "ratio" in stats.sums:
             found[name] = (stats.maxima["ratio_deviation_max"], stats.means()["clip_fraction"])
+    return found
+
+
+def reference_and_asked(path, layout):
+    """The reference after steps of the policy, and a model that is only asked, against log-probs at the start -> differences,
+    and whether the policy's weights came back."""
+    import torch
+
+    steps = rank_jobs.Steps(path, layout)
+    model, arguments = steps.model, (steps.samples, steps.plan, rank_jobs.pixels, 1.0)
+    at_start, _ = model.logprobs(*arguments)
+    model.keep_reference()
+    steps.take(2)
+    trained, _ = model.logprobs(*arguments)
+    before = [parameter.detach().clone() for parameter in model.module.parameters()]
+    with model.as_reference():
+        reference, _ = model.logprobs(*arguments)
+    same = all(torch.equal(a, b) for a, b in zip(before, model.module.parameters()))
+    again, _ = model.logprobs(*arguments)
+    return at_start == reference, trained != at_start, trained == again and same
+
+
+def asked(path, layout):
+    """-> log-probs of a model without gradients, optimizer or their memory, and of one that has them; number of gradients."""
+    found = []
+    for frozen in ("all", ""):
+        model = rank_jobs.make_model(path, layout, frozen=frozen)
+        samples = rank_jobs.make_samples(model.family)
+        plan = rank_jobs.plan_for(samples, layout, 90)[model.at.data]
+        found.append(model.logprobs(samples, plan, rank_jobs.pixels, 1.0)[0])
+        num_gradients = sum(buffer.grad_data.numel() for chunk in model.ddp for buffer in chunk.buffers)
+        found.append(num_gradients)
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
     return found

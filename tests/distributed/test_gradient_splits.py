@@ -49,3 +49,15 @@ def test_on_the_first_update_ratios_are_one(ranks, tiny_models):
     (found,) = ranks.run(1, rank_jobs_gradients.on_policy, tiny_models["tied"], Layout())
     assert {name: bad for name, bad in found.items() if bad[0] > 1e-5 or bad[1] != 0} == {}
     assert max(deviation for deviation, _ in found.values()) > 0, "the packing does not differ"
+
+
+def test_the_reference_stays_and_the_policy_comes_back(ranks, tiny_models):
+    """Bit for bit."""
+    for found in ranks.run(2, rank_jobs_gradients.reference_and_asked, tiny_models["tied"], Layout(pipeline_parallel=2)):
+        assert found[0] and found[2]
+    assert found[1], "the steps changed nothing"  # the last stage reports the log-probs
+
+
+def test_a_model_that_is_only_asked_holds_no_gradients(ranks, tiny_models):
+    ((frozen, none, whole, some),) = ranks.run(1, rank_jobs_gradients.asked, tiny_models["tied"], Layout())
+    assert frozen == whole and none == 0 < some
