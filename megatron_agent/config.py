@@ -128,6 +128,12 @@ class RunConfig:
     def folder(self) -> Path:
         return Path(self.output_dir) / self.name
 
+    @property
+    def num_models(self) -> int:
+        """Of how many models a trainer's GPU holds a shard: policy, critic, teacher."""
+        algorithm = registry.resolve("algorithms", self.algorithm_name)(self.algorithm)
+        return 1 + algorithm.needs_critic + bool(algorithm.teacher_path)
+
 
 def require(ok: bool, message: str) -> None:
     if not ok:

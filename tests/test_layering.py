@@ -33,7 +33,7 @@ OURS = {
     "rollout.worker_extension": FLOOR | {"weights.receiver"},
     "weights": FLOOR | {"models.mapping", "training.layout"},
     "observe": {"types", "errors", "data.images"},
-    "cluster": {"errors", "config", "data.images", "training.worker", "rollout.engine", "reaper"},
+    "cluster": {"errors", "config", "data.images", "training.worker", "training.layout", "rollout.engine", "reaper"},
 }
 
 # Where a heavy library may be imported at all.
