@@ -71,10 +71,10 @@ class RolloutConfig:
     """Engines and how they sample. Sizes are tokens; `gpu_memory_utilization` is a share of the device (GPU only).
 
     `ban_special_tokens` keeps the model from writing image placeholders and all special tokens but those that end a turn;
-    the trainer's log-probs are then taken under the same ban. Off by default: a placeholder has a status of its own. `per_env` gives
-    the episodes of an env (by its name) settings of their own, `validation` those of evaluations. `oversample` is the share
-    of groups that a step starts beyond those that it waits for: the slowest are cancelled (a bias towards short episodes) or,
-    with `carry_over`, go on during the update and are part of a later step.
+    the trainer's log-probs are then taken under the same ban. Off by default: a placeholder has a status of its own.
+    `per_env` gives the episodes of an env (by its name) settings of their own, `validation` those of evaluations.
+    `oversample` is the share of groups that a step starts beyond those that it waits for: the slowest are cancelled (a bias
+    towards short episodes) or, with `carry_over`, go on during the update and are part of a later step.
     """
 
     num_engines: int = 1
