@@ -6,6 +6,7 @@ that actor, so preparing requests and stepping the model overlap. The configurat
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import itertools
 import logging
@@ -33,6 +34,7 @@ WORKER_EXTENSION = "megatron_agent.rollout.worker_extension.WorkerExtension"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENCODER_BUDGET_FACTOR = 16
 CACHE_MISS_ATTEMPTS = 3  # a sync that clears vLLM's picture caches can overtake a request that was already prepared
+LOOK_EVERY_S = 2.0
 
 
 @dataclass
@@ -69,10 +71,10 @@ class RolloutConfig:
     """Engines and how they sample. Sizes are tokens; `gpu_memory_utilization` is a share of the device (GPU only).
 
     `ban_special_tokens` keeps the model from writing image placeholders and all special tokens but those that end a turn;
-    the trainer's log-probs are then taken under the same ban. Off by default: a placeholder has a status of its own. `per_env` gives
-    the episodes of an env (by its name) settings of their own, `validation` those of evaluations. `oversample` is the share
-    of groups that a step starts beyond those that it waits for: the slowest are cancelled (a bias towards short episodes) or,
-    with `carry_over`, go on during the update and are part of a later step.
+    the trainer's log-probs are then taken under the same ban. Off by default: a placeholder has a status of its own.
+    `per_env` gives the episodes of an env (by its name) settings of their own, `validation` those of evaluations.
+    `oversample` is the share of groups that a step starts beyond those that it waits for: the slowest are cancelled (a bias
+    towards short episodes) or, with `carry_over`, go on during the update and are part of a later step.
     """
 
     num_engines: int = 1
@@ -333,6 +335,14 @@ class Engine:
     async def is_alive(self) -> bool:
         """Whether vLLM's processes still serve; after False every request would fail."""
         return not self.llm.errored
+
+    async def until_dead(self) -> None:
+        """Returns when vLLM's processes do not serve any more; where this process itself dies, Ray tells the caller."""
+        while await self.is_alive():
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def stats(self) -> dict[str, float]:
         """Counts since the start, requests under way, and the share of prompt tokens that the prefix cache had."""
