@@ -139,7 +139,7 @@ def test_the_base_of_the_next_test_is_valid():
         (changed(rollout={"top_p": 0.9}), r"top_p=0\.9, rollout\.top_k=0: the trainer's log-probs are of the full"),
         (changed(rollout={"top_k": 20}), r"top_p=1\.0, rollout\.top_k=20: the trainer's log-probs are of the full"),
         (changed(rollout={"per_env": {"visual_toolbox_v2": {"top_k": 5}}}), r"per_env\.visual_toolbox_v2: the trainer takes"),
-        (changed(rollout={"per_env": {"visual_toolbox": {"stop": ["a"]}}}), r"'visual_toolbox'.*visual_toolbox_v2"),
+        (changed(rollout={"per_env": {"visual_toolbax": {"stop": ["a"]}}}), r"'visual_toolbax'.*visual_toolbox_v2"),
         (changed(rollout={"per_env": {"visual_toolbox_v2": {"max_turns": 0}}}), r"max_turns=0 must be 1 or more"),
         (changed(rollout={"validation": {"temperature": -1}}), r"rollout\.validation\.temperature=-1\.0 must be 0"),
         (changed(rollout={"dtype": "bfloat16"}), r"rollout\.dtype='bfloat16' differs from training\.dtype='float32'"),
