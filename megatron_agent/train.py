@@ -60,6 +60,8 @@ async def train(config: RunConfig) -> Progress:
             except (StopRequested, EngineError):  # the trainer is whole
                 await progress.save(parts, wait=True)
                 raise
+            finally:  # episodes that were carried over, while there is still a Ray to cancel them in
+                await parts.rollouts.close()
             await parts.checkpoints.finish(parts.learner)
             write_report(config, progress, store)
             boards.note(f"done: {config.folder}/summary.json, curves.png, trajectories.html")

@@ -198,7 +198,7 @@ class _Episode:
                 return Status.ANSWERED
             if turn_index == last_turn:
                 return Status.MAX_TURNS
-            if not self._observe(turn, result):
+            if not self._observe(turn, result, session.tool.answer_role):
                 return Status.CONTEXT_FULL
         raise AssertionError("unreachable: the last turn always returns")
 
@@ -240,11 +240,12 @@ class _Episode:
         try:
             return await self.tools.call(session, _step_seeing, session, self.images, action_text)
         except EnvError as error:
-            failed, late = failed_step(self.task.env_name, error), isinstance(error, ToolDeadlineError)
+            failed = failed_step(self.task.env_name, error, session.tool.answer_role)
+            seconds = self.tools.timeout_s if isinstance(error, ToolDeadlineError) else 0.0
         (call,) = failed.tool_calls
-        return replace(failed, tool_calls=(replace(call, seconds=self.tools.timeout_s if late else 0.0),))
+        return replace(failed, tool_calls=(replace(call, seconds=seconds),))
 
-    def _observe(self, turn: Turn, result: StepResult) -> bool:
+    def _observe(self, turn: Turn, result: StepResult, answer_role: str) -> bool:
         """Append the observation to the row; False when it does not fit (then nothing is appended)."""
         if result.observation is None:
             return True
@@ -254,7 +255,7 @@ class _Episode:
         except DataError as error:
             # The tool echoed what only the framework may write (a forged picture token); the model is told so.
             images, text = [], "Error: the tool's answer holds tokens that stand for pictures and cannot be shown"
-            message: Message = {"role": "tool", "content": text}
+            message: Message = {"role": answer_role, "content": text}
             token_ids = self.renderer.observation([message], [], self._ended_by_eos(turn))
             calls = turn.tool_calls or [ToolCall(name=self.task.env_name, ok=False)]
             turn.tool_calls = [replace(call, ok=False, error=str(error)) for call in calls]
