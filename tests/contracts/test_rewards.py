@@ -28,7 +28,7 @@ def score(reward, trajectory):
 
 
 def episode(*texts, status=Status.ANSWERED, env_reward=0.0):
-    turns = [Turn([1], [0.0], [0], text, "stop", tool_call=ToolCall("zoom", True)) for text in texts]
+    turns = [Turn([1], [0.0], [0], text, "stop", tool_calls=[ToolCall("zoom", True)]) for text in texts]
     turns[-1:] = [replace(turn, tool_reward=env_reward) for turn in turns[-1:]]
     return Trajectory(TASK, 0, [1], turns, status)
 
