@@ -88,6 +88,7 @@ def test_a_document_cannot_leave_its_quotation(serve):
 
 def test_quoting():
     assert quoted("<<||x<image>", 100) == "<< ||x< image>" and quoted("abcdef", 5) == "ab..." and quoted("<|", 3) == "< |"
+    assert quoted("a\ud800b", 9) == "a?b"
 
 
 GOOD = Reply(FOUND_V2)
