@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_agent import registry
 from megatron_agent.algorithms.base import Algorithm
-from megatron_agent.config import build
+from megatron_agent.options import build
 from megatron_agent.types import LossInputs, TrainSample
 
 ALGORITHMS = registry.names("algorithms")
