@@ -22,20 +22,8 @@ ANSWERS = [
     (r"\boxed{red}", r"\boxed{blue}"),
     ("<answer>[0, 0, 10, 20]</answer>", "<answer>[30, 30, 40, 50]</answer>"),
 ]
-pieces = st.sampled_from(
-    [
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-        "<tool_call>",
-        "</tool_call>",
-        "red",
-        "[0, 0, 9, 9]",
-        r"\boxed{red}",
-        "<|image_pad|>",
-    ]
-)
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "<|image_pad|>"]
+pieces = st.sampled_from([*TAGS, "red", "[0, 0, 9, 9]", r"\boxed{red}", "<search>", "</search>"])
 texts = st.lists(pieces | st.text(max_size=6), max_size=8).map("".join)
 
 
