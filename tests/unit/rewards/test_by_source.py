@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import ClassVar
 
 import pytest
 
@@ -29,7 +30,7 @@ class Constant(RewardBase):
 class Silent(RewardBase):
     """Counts starts and ends."""
 
-    events: list = []
+    events: ClassVar[list[str]] = []
 
     async def start(self):
         self.events.append("start")
@@ -124,7 +125,7 @@ def test_a_recorded_config_comes_back_with_every_option():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"routes": {"a": "common_reasonin"}}, "did you mean 'common_reasoning'"),
-    ({"routes": {"a": {"name": "math", "acuracy_weight": 1}}}, r"reward\.routes\.a\.acuracy_weight.*did you mean 'accuracy_weight'"),
+    ({"routes": {"a": {"name": "math", "acuracy_weight": 1}}}, r"reward\.routes\.a\.acuracy_weight.*mean 'accuracy_weight'"),
     ({"routes": {"a": {"name": "math", "accuracy_weight": "much"}}}, r"reward\.routes\.a\.accuracy_weight: expected float"),
     ({"routes": {"a": {"name": "math", "judge": {"kind": "gpt"}}}}, "allowed: exact_match, openai"),
     ({"routes": {"a": {"weight": 1}}}, r"reward\.routes\.a: give a reward's name"),

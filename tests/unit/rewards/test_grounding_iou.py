@@ -13,7 +13,8 @@ TARGET = {"target_bbox": [100, 40, 300, 140], "image_size": [800, 400]}
 
 
 @pytest.mark.parametrize(("answer", "box"), [
-    ("[1, 2, 3, 4]", (1, 2, 3, 4)), ("(1,2,3.5,-4)", (1, 2, 3.5, -4)), ('{"bbox_2d": [10,20,30,40], "label": "cat"}', (10, 20, 30, 40)),
+    ("[1, 2, 3, 4]", (1, 2, 3, 4)), ("(1,2,3.5,-4)", (1, 2, 3.5, -4)),
+    ('{"bbox_2d": [10,20,30,40], "label": "cat"}', (10, 20, 30, 40)),
     ("box: [0.1, 0.2, 0.3, 0.4].", (0.1, 0.2, 0.3, 0.4)),
     ("1, 2, 3, 4", None), ("[1, 2, 3]", None), ("[1, 2, 3, 4, 5]", None), ("[1,2,3,4] or [5,6,7,8]", None), ("", None),
     ("[a, 2, 3, 4]", None), ("[1e3, 2, 3, 4]", None),
@@ -76,7 +77,8 @@ def test_what_cannot_be_scored(options, reason):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"box": "any"}, "'any'; allowed: answer, looked_at"), ({"space": "px"}, "allowed: original"), ({"right_iou": 0.0}, "above 0"),
+    ({"box": "any"}, "'any'; allowed: answer, looked_at"), ({"space": "px"}, "allowed: original"),
+    ({"right_iou": 0.0}, "above 0"),
 ])  # fmt: skip
 def test_bad_options(options, message):
     with pytest.raises(ConfigError, match=message):
