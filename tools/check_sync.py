@@ -35,12 +35,11 @@ from megatron_agent.models.base import ModelFamily
 from megatron_agent.rollout.engine import RolloutConfig
 from megatron_agent.rollout.generation import Sampling
 from megatron_agent.rollout.pool import EnginePool
-from megatron_agent.stages import receivers, transfer, transfer_plan
+from megatron_agent.sync import WeightSync
 from megatron_agent.training.actor import Actor, TrainingConfig
 from megatron_agent.training.hf_export import read_family
 from megatron_agent.training.loss import Supervised
 from megatron_agent.types import ImageRef, TrainSample
-from megatron_agent.weights.plan import TransferPlan
 
 TRAINERS = {
     "one": {},
@@ -99,17 +98,15 @@ class Workshop:
     def family(self) -> ModelFamily:
         return read_family(self.hf)
 
-    async def trainer(self, name: str, rollout: tuple[int, int]) -> tuple[Actor, TransferPlan]:
+    async def trainer(self, name: str, rollout: tuple[int, int]) -> tuple[Actor, RunConfig]:
         config = self.config
         config.training = TrainingConfig(**TRAINERS[name], max_tokens_per_microbatch=512)
         config.training.layout = self.family.balanced(config.training.layout)
         config.rollout.tensor_parallel, config.rollout.num_engines = rollout
-        plan = transfer_plan(config, self.family)
         actor = Actor(cluster.start_workers(config, self.store), config.training)
         await actor.set_up(config.model.family, str(self.hf), 0, config.vision)
         await actor.reset_optimizer(1e-3, 1.0)
-        await actor.set_receivers([plan.sends(rank) for rank in range(config.training.layout.world_size)])
-        return actor, plan
+        return actor, config
 
     async def engines(self, rollout: tuple[int, int], path: Path) -> list[Any]:
         config = self.config
@@ -158,14 +155,13 @@ async def compare(shop: Workshop, trainers: list[str], rollouts: list[str]) -> i
         engines = await shop.engines((size, count), shop.hf)
         version = 0
         for name in trainers:
-            actor, plan = await shop.trainer(name, (size, count))
-            pool = EnginePool(engines)
-            await pool.init_weight_transfer(receivers(plan, "float32"))
+            actor, config = await shop.trainer(name, (size, count))
+            sync = WeightSync(config, shop.family, actor, EnginePool(engines))
             for round_, which in enumerate(("old", "new")):
                 if which == "new":
                     await actor.load(checkpoint)
                 version += 1
-                await transfer(actor, pool, plan, version)
+                await sync.push(version)
                 answers, sums = expected[round_]
                 for index, engine in enumerate(engines):
                     same_answers = await shop.answers(engine) == answers

@@ -138,6 +138,7 @@ class OpenAIJudge(Judge):
             raise ConfigError(f"reward.judge.api_key_env: the environment variable {config.api_key_env} is not set")
         self.endpoints = [Endpoint(url, api_key, config) for url in config.endpoints]
         self._places = asyncio.Semaphore(config.concurrency)
+        self._has_warned = False
         self._cache: OrderedDict[tuple[str, str, str], float] = OrderedDict()
         self._pending: dict[tuple[str, str, str], asyncio.Task[float | Unscored]] = {}
 
@@ -168,6 +169,9 @@ class OpenAIJudge(Judge):
         try:
             verdict: float = await retrying(self._attempt, messages_of(*key))
         except JudgeFault as fault:
+            if not self._has_warned:
+                log.warning("unscored: the judge gave no verdict: %s; further ones are counted in the metric unscored", fault)
+            self._has_warned = True
             return Unscored(f"the judge gave no verdict: {fault}")
         self._cache[key] = verdict
         if len(self._cache) > self.config.cache_size:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -31,8 +32,9 @@ def score(reward, trajectory):
     return asyncio.run(reward.score(trajectory, trajectory.task))
 
 
-def episode(*texts, status=Status.ANSWERED):
-    turns = [Turn([1], [0.0], [0], text, "stop", tool_call=ToolCall("zoom", True)) for text in texts]
+def episode(*texts, status=Status.ANSWERED, env_reward=0.0):
+    turns = [Turn([1], [0.0], [0], text, "stop", tool_calls=[ToolCall("zoom", True)]) for text in texts]
+    turns[-1:] = [replace(turn, tool_reward=env_reward) for turn in turns[-1:]]
     return Trajectory(TASK, 0, [1], turns, status)
 
 
@@ -62,9 +64,13 @@ def test_any_trajectory(name, texts, status):
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_right_is_worth_more_than_wrong_and_wrong_no_less_than_nothing(name):
+    """What is right the text says, or the environment by its own reward."""
     reward = registry.resolve("rewards", name)()
-    nothing = score(reward, episode("<think>a</think>")).total
-    totals = [[score(reward, episode(f"<think>a</think>{text}")).total for text in pair] for pair in ANSWERS]
+    nothing = score(reward, episode("<think>a</think>", env_reward=0.0)).total
+    totals = [
+        [score(reward, episode(f"<think>a</think>{text}", env_reward=paid)).total for text, paid in zip(pair, (1.0, 0.0))]
+        for pair in ANSWERS
+    ]
     assert all(right >= wrong >= nothing for right, wrong in totals)
     assert any(right > wrong for right, wrong in totals)
 

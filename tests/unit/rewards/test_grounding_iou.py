@@ -25,8 +25,8 @@ def test_box_in(answer, box):
 
 def score(text, extra_info=TARGET, calls=(), status=Status.ANSWERED, images=(SHOWN,), **options):
     task = Task("t", "grounding", (), images, "", "", "Where?", extra_info)
-    trajectory = Trajectory(task, 0, [1], [Turn([1], [0.0], [0], f"<think>a</think>{text}", "stop")], status)
-    trajectory.__class__ = type("Called", (Trajectory,), {"tool_calls": list(calls)})
+    turn = Turn([1], [0.0], [0], f"<think>a</think>{text}", "stop", tool_calls=list(calls))
+    trajectory = Trajectory(task, 0, [1], [turn], status)
     return asyncio.run(GroundingIouReward(GroundingIouReward.Config(**options)).score(trajectory, task))
 
 

@@ -225,14 +225,15 @@ def test_equal_cases_are_asked_once():
     assert asyncio.run(run(cache_size=0))[1] == 3
 
 
-def test_no_verdict_is_not_remembered():
+def test_no_verdict_is_not_remembered_and_said_once(caplog):
     async def run():
-        async with JudgeServer("nonsense", "nonsense", "nonsense", "CORRECT") as server:
+        async with JudgeServer(*["nonsense"] * 6, "CORRECT") as server:
             judge = judge_of(server)
-            return [await ask(judge, close=False), await ask(judge)]
+            return [await ask(judge, close=False), await ask(judge, close=False), await ask(judge)]
 
-    first, second = asyncio.run(run())
-    assert isinstance(first, Unscored) and second == 1.0
+    first, second, third = asyncio.run(run())
+    assert isinstance(first, Unscored) and isinstance(second, Unscored) and third == 1.0
+    assert sum("unscored: the judge gave no verdict" in record.message for record in caplog.records) == 1
 
 
 def test_the_oldest_verdict_leaves_the_cache():

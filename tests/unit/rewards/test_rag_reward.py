@@ -37,12 +37,10 @@ def test_f1(answer, truth, value):
 
 
 def episode(*texts, ok=True, status=Status.ANSWERED):
-    turns = [Turn([1], [0.0], [0], text, "stop") for text in texts]
-    trajectory = Trajectory(TASK, 0, [1], turns, status)
-    if len(texts) > 1:
-        call = ToolCall("search", ok)
-        trajectory.__class__ = type("Called", (Trajectory,), {"tool_calls": [call]})
-    return trajectory
+    """Every turn but the last searches."""
+    turns = [Turn([1], [0.0], [0], text, "stop", tool_calls=[ToolCall("search", ok)]) for text in texts[:-1]]
+    turns += [Turn([1], [0.0], [0], text, "stop") for text in texts[-1:]]
+    return Trajectory(TASK, 0, [1], turns, status)
 
 
 def parts(trajectory, task=TASK, **options):
