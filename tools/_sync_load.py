@@ -105,12 +105,12 @@ def growth(history: dict[str, list[int]]) -> dict[str, int]:
     return found
 
 
-async def under_load(shop: Workshop, layout: str, num_rounds: int) -> list[str]:
+async def under_load(shop: Workshop, layout: str, rollout: dict[str, Any], num_rounds: int) -> list[str]:
     """-> what is wrong."""
-    actor, config = await shop.trainer(layout, (1, 1))
+    actor, config = await shop.trainer(layout, rollout)
     config.output_dir, config.checkpoint.keep = str(shop.scratch), num_rounds + 1
     saves = Checkpoints(config)
-    pool = EnginePool(await shop.engines((1, 1), shop.hf))
+    pool = EnginePool(await shop.engines(rollout, shop.hf))
     sync = WeightSync(config, shop.family, actor, pool)
     await actor.reset_optimizer(LR, 1.0)
     load, seconds = Load(pool, shop.prompts), []

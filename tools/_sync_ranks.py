@@ -3,6 +3,7 @@ and the other route, on which full tensors are gathered and handed to vLLM's `lo
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -244,3 +245,6 @@ class PlainEngine:
 
     def is_alive(self) -> bool:
         return True
+
+    async def until_dead(self) -> None:
+        await asyncio.Event().wait()

@@ -34,8 +34,8 @@ def test_sections_of_components():
         ({"training": {"layout": 1}}, r"unknown key 'training\.layout'"),  # computed, not given
         ({"algorithm_name": "grpo"}, "unknown key 'algorithm_name'"),
         ({"training": {"qqqq": 1}}, r"unknown key 'training\.qqqq'\. Known: tensor_parallel"),
-        ({"algorithm": {"name": "gpro"}}, "algorithms: unknown name 'gpro'; did you mean 'grpo'"),
-        ({"env": {"visual_toolbox": {}}}, "envs: unknown name 'visual_toolbox'; did you mean 'visual_toolbox_v2'"),
+        ({"algorithm": {"name": "grpoo"}}, "algorithms: unknown name 'grpoo'; did you mean 'grpo'"),
+        ({"env": {"visual_tolbox_v2": {}}}, "envs: unknown name 'visual_tolbox_v2'; did you mean 'visual_toolbox_v2'"),
     ],
 )
 def test_unknown_keys_name_the_nearest(tree, message):
@@ -75,7 +75,7 @@ def test_wrong_types_and_values(tree, message):
         ({"reward": []}, "reward: expected a name or a mapping of options"),
         ({"algorithm": {"name": 3}}, "algorithm: a name is text, got 3"),
         ({"algorithm": {"name": None}}, "algorithm: a name is text, got None"),
-        ({"algorithm": "gpro"}, "algorithms: unknown name 'gpro'; did you mean 'grpo'"),
+        ({"algorithm": "grpoo"}, "algorithms: unknown name 'grpoo'; did you mean 'grpo'"),
         ({"algorithm": "megatron_agent.types:MicroBatch"}, "'megatron_agent.types:MicroBatch' has no Config class"),
         ({"env": {3: {}}}, "env.3: a name is text, got 3"),
         ({"env": {"visual_toolbox_v2": []}}, r"env\.visual_toolbox_v2: expected a mapping of options, got \[\]"),
@@ -138,7 +138,10 @@ def test_the_base_of_the_next_test_is_valid():
         (changed(rollout={"temperature": 0}), r"rollout\.temperature=0 makes all rollouts of a task alike"),
         (changed(rollout={"top_p": 0.9}), r"top_p=0\.9, rollout\.top_k=0: the trainer's log-probs are of the full"),
         (changed(rollout={"top_k": 20}), r"top_p=1\.0, rollout\.top_k=20: the trainer's log-probs are of the full"),
-        (changed(rollout={"ban_special_tokens": True}), r"ban_special_tokens: the trainer's log-probs are of the full"),
+        (changed(rollout={"per_env": {"visual_toolbox_v2": {"top_k": 5}}}), r"per_env\.visual_toolbox_v2: the trainer takes"),
+        (changed(rollout={"per_env": {"visual_toolbax": {"stop": ["a"]}}}), r"'visual_toolbax'.*visual_toolbox_v2"),
+        (changed(rollout={"per_env": {"visual_toolbox_v2": {"max_turns": 0}}}), r"max_turns=0 must be 1 or more"),
+        (changed(rollout={"validation": {"temperature": -1}}), r"rollout\.validation\.temperature=-1\.0 must be 0"),
         (changed(rollout={"dtype": "bfloat16"}), r"rollout\.dtype='bfloat16' differs from training\.dtype='float32'"),
         (changed(training={"dtype": "bfloat16"}), r"rollout\.dtype='float32' differs from training\.dtype='bfloat16'"),
     ],

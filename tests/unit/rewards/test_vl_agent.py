@@ -5,8 +5,9 @@ import asyncio
 import pytest
 
 from megatron_agent.errors import ConfigError
+from megatron_agent.rewards.base import has_format_error
 from megatron_agent.rewards.exact_match import ExactMatchReward
-from megatron_agent.rewards.vl_agent import VlAgentReward, has_format_error
+from megatron_agent.rewards.vl_agent import VlAgentReward
 from megatron_agent.types import Status, Task, ToolCall, Trajectory, Turn, Unscored
 
 TASK = Task("t:0", "vstar", (), (), "visual_toolbox_v2", "red", "Which colour?")
@@ -18,7 +19,7 @@ def episode(*texts, status=Status.ANSWERED, ok=True):
     """All turns but the last call a tool."""
     turns = [Turn([1], [0.0], [0], text, "stop") for text in texts]
     for turn in turns[:-1]:
-        turn.tool_call = ToolCall("image_zoom_in_tool", ok)
+        turn.tool_calls = [ToolCall("image_zoom_in_tool", ok)]
     return Trajectory(TASK, 0, [1], turns, status)
 
 

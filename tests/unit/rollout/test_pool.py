@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from megatron_agent.errors import EngineError, WeightSyncError
+from megatron_agent.errors import EngineError, RequestLostError, WeightSyncError
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.rollout.pool import EnginePool
 
@@ -19,7 +19,7 @@ class Handle:
     def __init__(self, name, gate=None):
         self.name, self.gate, self.alive, self.rows, self.versions = name, gate, True, [], []
         self.generate, self.sync_weights = Remote(self._generate), Remote(self._sync)
-        self.is_alive = Remote(self._is_alive)
+        self.is_alive, self.until_dead = Remote(self._is_alive), Remote(self._until_dead)
 
     async def _generate(self, row, images, sampling):
         if not self.alive:
@@ -33,6 +33,9 @@ class Handle:
         if not self.alive:
             raise RayActorError
         self.versions.append((update, version))
+
+    async def _until_dead(self):
+        await asyncio.sleep(3600)
 
     async def _is_alive(self):
         if not self.alive:
@@ -75,6 +78,26 @@ def test_a_dead_engine_hands_its_trajectories_on():
     assert engines == [0, 1]
     assert handles[1].rows == [[1, 2]]
     assert (handles[0].versions, handles[1].versions) == ([], [({"n": 1}, 4)])
+
+
+def test_a_request_that_kills_engine_after_engine_is_given_up():
+    class Fragile(Handle):
+        async def _generate(self, row, images, sampling):
+            if row == [13]:
+                self.alive = False
+            return await super()._generate(row, images, sampling)
+
+    async def main():
+        handles = [Fragile(i) for i in range(4)]
+        pool = EnginePool(handles)
+        with pytest.raises(RequestLostError, match="3 engines died under one request of 1 tokens"):
+            await pool.generate("a", [13], [], Sampling())
+        assert pool.handles == [handles[3]]
+        assert (await pool.generate("b", [1], [], Sampling())).token_ids == [3]
+        with pytest.raises(EngineError, match="every rollout engine"):
+            await EnginePool([Fragile(i) for i in range(3)]).generate("a", [13], [], Sampling())
+
+    asyncio.run(main())
 
 
 def test_an_engine_whose_vllm_died_is_left_and_a_refused_request_is_raised():
@@ -141,13 +164,13 @@ def test_an_engine_that_does_not_start_says_why_on_one_line():
     class Stillborn(Handle):
         def __init__(self, name):
             super().__init__(name)
-            self.init_weight_transfer = Remote(self._init)
+            self.is_alive = Remote(self._start)
 
-        async def _init(self, info):
+        async def _start(self):
             raise died
 
     with pytest.raises(EngineError) as caught:
-        asyncio.run(EnginePool([Stillborn(0)]).init_weight_transfer([{}]))
+        asyncio.run(EnginePool([Stillborn(0)]).started())
     why = "megatron_agent.errors.EngineError: vLLM did not start: no memory"
     assert str(caught.value) == f"rollout engine 0 died: {why}"
 
