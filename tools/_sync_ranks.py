@@ -91,6 +91,7 @@ class SyncWorker(Worker):
             for buffer in chunk.buffers:
                 buffer.grad_data.untyped_storage().resize_(0)
         del self.model.optimizer
+        self.model.config.grad_scale_func = None
         self.probe = Probe()
 
     def start_probe(self, verify: bool = True) -> None:
