@@ -68,6 +68,7 @@ class Load:
     begun: int = 1  # the version of the newest round
     served: int = 1  # of the newest that has returned
     turns: list[Turn] = field(default_factory=list)
+    clients: list[asyncio.Task[None]] = field(default_factory=list)
     is_over: bool = False
 
     async def client(self, index: int) -> None:
@@ -81,8 +82,11 @@ class Load:
             self.turns.append(Turn(row, images, generation, first, self.begun))
 
     async def wait_for(self, num_turns: int) -> None:
-        """Until so many turns have been asked for and answered with the newest weights."""
+        """Until so many turns have been asked for and answered with the newest weights. Raises what a client met."""
         while sum(turn.first_version == self.begun for turn in self.turns) < num_turns:
+            for client in self.clients:
+                if client.done():
+                    client.result()
             await asyncio.sleep(0.02)
 
 
@@ -117,7 +121,7 @@ async def under_load(shop: Workshop, layout: str, rollout: dict[str, Any], num_r
     memory: dict[str, list[int]] = defaultdict(list)
     files: dict[str, list[int]] = defaultdict(list)
     await sync.push(1)
-    clients = [asyncio.create_task(load.client(index)) for index in range(NUM_CLIENTS)]
+    load.clients = [asyncio.create_task(load.client(index)) for index in range(NUM_CLIENTS)]
     for version in range(1, num_rounds + 1):
         if version > 1:
             await actor.update(shop.samples(seed=version), Supervised(), LR)
@@ -132,7 +136,7 @@ async def under_load(shop: Workshop, layout: str, rollout: dict[str, Any], num_r
             memory[name].append(process.memory_info().rss)
             files[name].append(process.num_fds())
     load.is_over = True
-    await asyncio.wait_for(asyncio.gather(*clients), SYNC_LIMIT_S)
+    await asyncio.wait_for(asyncio.gather(*load.clients), SYNC_LIMIT_S)
     left = sorted(path.name for path in SHARED_MEMORY.glob(f"megatron_agent_{os.environ['MEGATRON_AGENT_RUN']}_*"))
     wrong = [f"left in shared memory: {left[:3]}"] if left else []
     wrong += wrong_stamps(load.turns) + await wrong_makers(actor, saves.root, load.turns, num_rounds)

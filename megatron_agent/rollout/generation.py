@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -35,6 +35,17 @@ class Generation:
     weight_versions: list[int]
     stop_reason: str
     num_cached_tokens: int = 0
+
+
+def joined(first: Generation, rest: Generation) -> Generation:
+    """One turn that was sampled in two parts."""
+    return replace(
+        first,
+        token_ids=first.token_ids + rest.token_ids,
+        logprobs=first.logprobs + rest.logprobs,
+        weight_versions=first.weight_versions + rest.weight_versions,
+        stop_reason=rest.stop_reason,
+    )
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
