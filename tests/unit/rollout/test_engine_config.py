@@ -8,7 +8,7 @@ import pytest
 
 from megatron_agent.errors import ConfigError
 from megatron_agent.rollout.engine import RolloutConfig
-from megatron_agent.rollout.generation import first_difference, versions_of
+from megatron_agent.rollout.generation import Generation, first_difference, joined, versions_of
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,9 @@ def test_configuration_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_turn_sampled_in_two_parts():
+    first = Generation([5, 6], [-0.1, -0.2], [3, 3], "aborted", num_cached_tokens=32)
+    rest = Generation([7], [-0.3], [4], "stop", num_cached_tokens=0)
+    assert joined(first, rest) == Generation([5, 6, 7], [-0.1, -0.2, -0.3], [3, 3, 4], "stop", num_cached_tokens=32)
