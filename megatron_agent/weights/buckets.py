@@ -15,8 +15,9 @@ def checksum(tensor: torch.Tensor) -> int:
     """64 bits of a tensor's contents, computed where it lies: the same for equal values of equal shape on any device, in
     any memory layout. Rows are sums of 64-bit words, weighted by odd numbers: a changed word, or swapped rows, show."""
     rows = tensor.detach()
-    if rows.shape[-1] * rows.element_size() % 8:  # short ones, in whole models: byte by byte
-        rows = rows.contiguous().view(torch.uint8).flatten().long()
+    if rows.shape[-1] * rows.element_size() % 8:  # short ones, in whole models: all of them one behind the other
+        rows = rows.contiguous().view(torch.uint8).flatten()
+        rows = torch.nn.functional.pad(rows, (0, -len(rows) % 8))
     try:
         words = rows.view(torch.int64)
     except RuntimeError:  # odd strides or offset
