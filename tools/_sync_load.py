@@ -139,7 +139,10 @@ async def under_load(shop: Workshop, layout: str, rollout: dict[str, Any], num_r
     await asyncio.wait_for(asyncio.gather(*load.clients), SYNC_LIMIT_S)
     left = sorted(path.name for path in SHARED_MEMORY.glob(f"megatron_agent_{os.environ['MEGATRON_AGENT_RUN']}_*"))
     wrong = [f"left in shared memory: {left[:3]}"] if left else []
-    wrong += wrong_stamps(load.turns) + await wrong_makers(actor, saves.root, load.turns, num_rounds)
+    wrong += wrong_stamps(load.turns)
+    image_id = getattr(shop.family, "image_token_id", None)  # a row in which the model wrote it has no positions
+    scored = [turn for turn in load.turns if image_id not in turn.generation.token_ids]
+    wrong += await wrong_makers(actor, saves.root, scored, num_rounds)
     num_tokens = sum(len(turn.generation.token_ids) for turn in load.turns)
     print(f"{num_rounds} versions, {len(load.turns)} turns, {num_tokens} tokens; a sync under load took "
           f"{statistics.median(seconds):.2f} s (longest {max(seconds):.2f})")  # fmt: skip
