@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -269,6 +270,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the quickstart's tiny model: says nothing about speed")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("megatron_agent.rollout.pool").setLevel(logging.CRITICAL)  # processes are killed on purpose
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # of Ray's and vLLM's processes
     scratch = Path(tempfile.mkdtemp(prefix="bench_weight_sync_"))
     shared = Path(tempfile.mkdtemp(prefix="bench_weight_sync_", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
