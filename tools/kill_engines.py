@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -72,15 +73,21 @@ class Killing:
         config = self.config
         await asyncio.gather(self.actor.set_up(config.model.family, config.model.path, 0, config.vision), self.pool.started())
         await self.actor.reset_optimizer(1e-3, 1.0)
-        await self.push()
+        async with self.sync.lock:
+            await self.sync.push(1)
 
-    async def push(self) -> None:
+    async def new_weights(self, beside: Awaitable[int] | None = None) -> int:
+        """An update and its sync, with `beside` at the same time as the sync."""
         row = [self.rng.randrange(200) for _ in range(24)]
         own = [False] * 8 + [True] * 16
         sample = TrainSample(row, own, [0.0] * 24, [float(o) for o in own], [], "0", 0.0, [False] * 24)
         async with self.sync.lock:
             await self.actor.update([sample], Supervised(), 1e-3)
-            await self.sync.push(self.sync.version + 1)
+            index, _ = await asyncio.gather(beside or self.nobody(), self.sync.push(self.sync.version + 1))
+        return index
+
+    async def nobody(self) -> int:
+        return -1
 
     async def trajectory(self, name: str) -> int:
         """-> turns finished, each continuing the row of the one before."""
@@ -109,8 +116,9 @@ class Killing:
         await asyncio.sleep(0.05)
         began_s = time.monotonic()
         if in_sync:
-            index, _ = await asyncio.gather(self.kill_one(self.rng.uniform(0, 0.15)), self.push())
+            index = await self.new_weights(self.kill_one(self.rng.uniform(0, 0.06)))
         else:
+            await self.new_weights()
             index = await self.kill_one(self.rng.uniform(0, 0.3))
         turns = await asyncio.wait_for(asyncio.gather(*running), BACK_WITHIN_S)
         if sum(turns) != NUM_TRAJECTORIES * NUM_TURNS:
