@@ -7,12 +7,10 @@ import hashlib
 import itertools
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from megatron_agent.types import Box, LossUse, RewardParts, Status, Task, Trajectory, TrajectoryGroup, Unscored
-
-if TYPE_CHECKING:
-    from megatron_agent.rewards.base import RewardBase
+from megatron_agent.rewards.base import RewardBase, iou, target_box
+from megatron_agent.types import LossUse, RewardParts, Status, Task, Trajectory, TrajectoryGroup, Unscored
 
 RunOne: TypeAlias = Callable[[Task, int], Awaitable[Trajectory]]
 ACCURACY_PART = "accuracy"
@@ -139,6 +137,18 @@ def _reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         metrics[f"reward/{name}"] = statistics.fmean(values)
     if f"reward/{ACCURACY_PART}" in metrics:
         metrics["accuracy"] = metrics[f"reward/{ACCURACY_PART}"]
+    return metrics | _source_metrics(trajectories)
+
+
+def _source_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Accuracy of every data source, where there are several."""
+    sources = sorted({t.task.data_source for t in trajectories})
+    metrics = {}
+    for source in sources if len(sources) > 1 else ():
+        rewards = [t.reward for t in trajectories if t.task.data_source == source and isinstance(t.reward, RewardParts)]
+        values = [reward.parts[ACCURACY_PART] for reward in rewards if ACCURACY_PART in reward.parts]
+        if values:
+            metrics[f"source/{source}/{ACCURACY_PART}"] = statistics.fmean(values)
     return metrics
 
 
@@ -158,19 +168,8 @@ def _tool_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return metrics
 
 
-def target_box(task: Task) -> Box | None:
-    """`extra_info["target_bbox"]`, the region that holds the answer, in pixels of the original picture; None: unknown."""
-    box = task.extra_info.get("target_bbox")
-    if not isinstance(box, (list, tuple)) or len(box) != 4:
-        return None
-    left, top, right, bottom = (int(side) for side in box)
-    return left, top, right, bottom
-
-
 def best_iou(trajectory: Trajectory) -> float:
     """Best overlap of a successful tool call's region with the target; 0 without a call."""
-    from megatron_agent.rewards.base import iou
-
     target = target_box(trajectory.task)
     if target is None:
         return 0.0

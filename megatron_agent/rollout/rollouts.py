@@ -104,6 +104,15 @@ class Rollouts:
             groups = await collect(tasks, own.num_samples, run_one, self.reward, in_flight)
         return [trajectory for group in groups for trajectory in group.trajectories]
 
+    async def greedy(self, tasks: Sequence[Task]) -> list[Trajectory]:
+        """One episode of each task at temperature 0, scored: a baseline of its group."""
+
+        async def run_one(task: Task, index: int) -> Trajectory:
+            return await self._run(task, index, 0, 0.0, 1.0, 0)
+
+        groups = await collect(tasks, 1, run_one, self.reward, self._in_flight)
+        return [group.trajectories[0] for group in groups]
+
     async def scripted(self, tasks: Sequence[Task]) -> list[Trajectory]:
         """Episodes whose turns are the tasks' scripts; tools run for real, nothing is scored.
 

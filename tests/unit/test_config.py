@@ -34,7 +34,7 @@ def test_sections_of_components():
         ({"training": {"layout": 1}}, r"unknown key 'training\.layout'"),  # computed, not given
         ({"algorithm_name": "grpo"}, "unknown key 'algorithm_name'"),
         ({"training": {"qqqq": 1}}, r"unknown key 'training\.qqqq'\. Known: tensor_parallel"),
-        ({"algorithm": {"name": "gpro"}}, "algorithms: unknown name 'gpro'; did you mean 'grpo'"),
+        ({"algorithm": {"name": "grpoo"}}, "algorithms: unknown name 'grpoo'; did you mean 'grpo'"),
         ({"env": {"visual_tolbox_v2": {}}}, "envs: unknown name 'visual_tolbox_v2'; did you mean 'visual_toolbox_v2'"),
     ],
 )
@@ -75,7 +75,7 @@ def test_wrong_types_and_values(tree, message):
         ({"reward": []}, "reward: expected a name or a mapping of options"),
         ({"algorithm": {"name": 3}}, "algorithm: a name is text, got 3"),
         ({"algorithm": {"name": None}}, "algorithm: a name is text, got None"),
-        ({"algorithm": "gpro"}, "algorithms: unknown name 'gpro'; did you mean 'grpo'"),
+        ({"algorithm": "grpoo"}, "algorithms: unknown name 'grpoo'; did you mean 'grpo'"),
         ({"algorithm": "megatron_agent.types:MicroBatch"}, "'megatron_agent.types:MicroBatch' has no Config class"),
         ({"env": {3: {}}}, "env.3: a name is text, got 3"),
         ({"env": {"visual_toolbox_v2": []}}, r"env\.visual_toolbox_v2: expected a mapping of options, got \[\]"),

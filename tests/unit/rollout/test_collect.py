@@ -155,3 +155,17 @@ def test_an_episode_without_room_for_a_turn_counts():
     metrics = rollout_metrics([TrajectoryGroup(full.task, [full])])
     assert (metrics["status/context_full"], metrics["response_tokens"], metrics["response_turns"]) == (1.0, 0.0, 0.0)
     assert (metrics["unscored"], metrics["iou"], metrics["tool/calls"]) == (1.0, 0.0, 0.0)
+
+
+def test_accuracy_of_every_source_where_there_are_several():
+    def of(source, accuracy):
+        item = Task("a", source, (), (), "", "", "")
+        scored = Unscored("judge away") if accuracy is None else RewardParts({"accuracy": accuracy}, {"accuracy": 1.0})
+        return TrajectoryGroup(item, [Trajectory(item, 0, [], [turn(1)], Status.ANSWERED, scored)])
+
+    metrics = rollout_metrics([of("vstar", 1.0), of("vstar", 0.0), of("chart", 1.0), of("chart", None), of("broken", None)])
+    assert {name: value for name, value in metrics.items() if name.startswith("source/")} == {
+        "source/vstar/accuracy": 0.5, "source/chart/accuracy": 1.0,
+    }  # fmt: skip
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert not [name for name in rollout_metrics([of("vstar", 1.0), of("vstar", 0.0)]) if name.startswith("source/")]

@@ -79,3 +79,10 @@ def test_a_trajectory_without_tokens_counts_in_the_baseline():
     right = two_turns(RewardParts({"accuracy": 1.0}, {"accuracy": 0.93}))  # and 0.07 from its tools
     (sample,) = to_samples([TrajectoryGroup(TASK, [cut, right])], GRPO(GRPO.Config(normalise_std=False)))
     assert sample.advantages_T[2] == pytest.approx(0.5)
+
+
+def test_process_rewards_and_lags_of_tokens():
+    sample = to_sample(two_turns(), weight_version=3)
+    assert sample.process_rewards_T == [0, 0, 0, 0.05, 0, 0, 0, 0, 0.02]  # the last token of each turn
+    assert sample.lag_T == [0, 0, 2, 2, 0, 0, 0, 2, 1]
+    assert to_sample(two_turns()).lag_T == [0] * 9
