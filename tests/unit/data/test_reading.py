@@ -237,11 +237,11 @@ def test_a_row_group_is_not_held_in_memory(tmp_path):
     data = np.random.default_rng(0).bytes(96 << 20)
     each = 1 << 17
     rows = [published_row(i, pictures=data[i * each : (i + 1) * each]) for i in range(len(data) // each)]
-    path = write_parquet(tmp_path / "x.parquet", rows, write_batch_size=32)  # pages of 4 MiB
+    path = write_parquet(tmp_path / "x.parquet", rows, write_batch_size=8)  # pages of 1 MiB
     assert pq.ParquetFile(path).metadata.num_row_groups == 1
     done = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
     num_bytes, grown_bytes = map(int, done.stdout.split())
-    assert num_bytes == len(data) and grown_bytes < 48 << 20
+    assert num_bytes == len(data) and grown_bytes < 64 << 20  # 32 MB; a row group in memory takes 132
 
 
 def test_a_second_start_decodes_nothing(store, tmp_path, monkeypatch):
