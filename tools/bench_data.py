@@ -76,9 +76,9 @@ def start(path: Path, store_folder: Path, num_workers: int, hf: str) -> dict[str
     config = DataConfig(num_workers=num_workers)
     registry.resolve("envs", "visual_toolbox_v2")
     renderer = registry.resolve("models", "qwen2_5_vl")(hf).renderer(hf) if hf else None
-    before_bytes, began_s = memory_bytes("VmRSS"), time.perf_counter()
+    before_bytes, began_s, cpu_s = memory_bytes("VmRSS"), time.perf_counter(), time.process_time()
     tasks, _ = read_tasks([path], config, ImageStore(store_folder, config.pixel_limits()))
-    found = {"read_s": time.perf_counter() - began_s, "rows": len(tasks)}
+    found = {"read_s": time.perf_counter() - began_s, "cpu_s": time.process_time() - cpu_s, "rows": len(tasks)}
     found["peak_bytes"], found["kept_bytes"] = memory_bytes("VmHWM") - before_bytes, memory_bytes("VmRSS") - before_bytes
     found["task_bytes"] = len(pickle.dumps(tasks)) / len(tasks)
     if renderer is not None:
@@ -108,10 +108,12 @@ def main() -> int:
             for which in ("first", "second"):
                 command = [sys.executable, __file__, "--one", str(path), str(store), str(num_workers), "--hf", options.hf]
                 found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+                mib = {name: found[f"{name}_bytes"] / 2**20 for name in ("peak", "kept")}
                 print(
-                    f"{num_workers} threads, {which:6} start: {found['read_s']:6.1f} s, {found['rows'] / found['read_s']:6.0f} "
-                    f"rows/s, peak {found['peak_bytes'] / 2**20:4.0f} MiB, afterwards {found['kept_bytes'] / 2**20:3.0f} MiB, "
-                    f"{found['task_bytes']:.0f} bytes a task" + (f", tokens {found['tokens_s']:.1f} s" if options.hf else "")
+                    f"{num_workers} threads, {which:6} start: {found['read_s']:6.1f} s (CPU {found['cpu_s']:.1f} s), "
+                    f"{found['rows'] / found['read_s']:6.0f} rows/s, peak {mib['peak']:4.0f} MiB, afterwards "
+                    f"{mib['kept']:3.0f} MiB, {found['task_bytes']:.0f} bytes a task"
+                    + (f", tokens {found['tokens_s']:.1f} s" if options.hf else "")
                 )
     return 0
 

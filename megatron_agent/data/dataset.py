@@ -110,6 +110,22 @@ def read_tasks(
     Raises DataError: a file that is missing or cannot be read, a column that is missing, an unknown tool environment, no
     rows, or more bad rows than `config.max_bad_rows` allows (the first five are named).
     """
+    tasks, report = scan(files, config, store, env_key, require_script, meta_key)
+    check_report(report, config.max_bad_rows, [str(file) for file in files])
+    _log_bad_rows(report.bad_rows)
+    store.save_sizes()
+    return tasks, report
+
+
+def scan(
+    files: Sequence[str | Path],
+    config: DataConfig,
+    store: ImageStore,
+    env_key: str = "env_name",
+    require_script: bool = False,
+    meta_key: str = META_KEY,
+) -> tuple[list[Task], DatasetReport]:
+    """`read_tasks` for whoever judges the report himself (`check_report`): however many rows are bad."""
     paths = [Path(file) for file in files]
     reader = TaskReader(config, store, env_key, require_script, meta_key)
     rows_of = [read_rows(path, reader.columns(), reader.required_columns()) for path in paths]  # a missing file is found now
@@ -124,11 +140,24 @@ def read_tasks(
                 tasks.append(task)
             else:
                 report.bad_rows.append(f"{path}: {row.place}: {task}")
-    _fill_in(report, tasks, store)
-    _check(report, config.max_bad_rows, [str(file) for file in files])
-    _log_bad_rows(report.bad_rows)
-    store.save_sizes()
+    report.num_bad = len(report.bad_rows)
+    sizes_px = (store.original_size_px(ref.source) for task in tasks for ref in task.images)
+    report.num_upscaled = sum(min(size_px) < PATCH_SIDE_PX for size_px in sizes_px)
+    report.by_env = dict(Counter(task.env_name for task in tasks))
+    report.by_source = dict(Counter(task.data_source for task in tasks))
     return tasks, report
+
+
+def check_report(report: DatasetReport, max_bad_rows: float, files: Sequence[str]) -> None:
+    """Raises DataError: no rows, none that is good, or more bad ones than the fraction `max_bad_rows`."""
+    if not report.num_rows:
+        raise DataError(f"no rows in {', '.join(files) or 'no files: name at least one'}")
+    if report.num_bad > max_bad_rows * report.num_rows or report.num_bad == report.num_rows:
+        first = "\n  ".join(report.bad_rows[:5])
+        raise DataError(
+            f"{report.num_bad} of {report.num_rows} rows are bad, data.max_bad_rows={max_bad_rows} allows "
+            f"{int(max_bad_rows * report.num_rows)}. The first of them:\n  {first}"
+        )
 
 
 def file_labels(files: Sequence[Path]) -> list[str]:
@@ -195,25 +224,6 @@ def _check_env(row: Row, env_key: str, file: Path) -> None:
             registry.resolve("envs", str(name))
         except ConfigError as error:
             raise DataError(f"{file}: {row.place}: column {env_key}: {error}") from error
-
-
-def _fill_in(report: DatasetReport, tasks: Sequence[Task], store: ImageStore) -> None:
-    report.num_bad = len(report.bad_rows)
-    sizes_px = (store.original_size_px(ref.source) for task in tasks for ref in task.images)
-    report.num_upscaled = sum(min(size_px) < PATCH_SIDE_PX for size_px in sizes_px)
-    report.by_env = dict(Counter(task.env_name for task in tasks))
-    report.by_source = dict(Counter(task.data_source for task in tasks))
-
-
-def _check(report: DatasetReport, max_bad_rows: float, files: list[str]) -> None:
-    if not report.num_rows:
-        raise DataError(f"no rows in {', '.join(files) or 'no files: name at least one'}")
-    if report.num_bad > max_bad_rows * report.num_rows or report.num_bad == report.num_rows:
-        first = "\n  ".join(report.bad_rows[:5])
-        raise DataError(
-            f"{report.num_bad} of {report.num_rows} rows are bad, data.max_bad_rows={max_bad_rows} allows "
-            f"{int(max_bad_rows * report.num_rows)}. The first of them:\n  {first}"
-        )
 
 
 def _log_bad_rows(bad_rows: list[str]) -> None:
