@@ -114,18 +114,26 @@ def start_workers(config: RunConfig, store: ImageStore) -> list[Any]:
 
 def start_engines(config: RunConfig, store: ImageStore) -> list[Any]:
     """One Ray actor per vLLM engine; construction returns at once, the engine starts behind it."""
+    return [start_engine(config, store, index) for index in range(config.rollout.num_engines)]
+
+
+def start_engine(config: RunConfig, store: ImageStore, index: int) -> Any:
+    """One of them, at its place."""
     import ray
 
     from megatron_agent.rollout.engine import Engine
 
     _, share = gpu_shares(config, num_gpus())
-    remote = ray.remote(num_cpus=0, max_concurrency=4096)(Engine)
-    return [
-        remote.options(**options).remote(
-            config.model.path, config.rollout, store, config.agent.max_vllm_images, config.seed + index
-        )
-        for index, options in enumerate(placements(config, share, config.rollout.num_engines))
-    ]
+    options = placements(config, share, config.rollout.num_engines)[index]
+    remote = ray.remote(num_cpus=0, max_concurrency=4096)(Engine).options(**options)
+    return remote.remote(config.model.path, config.rollout, store, config.agent.max_vllm_images, config.seed + index)
+
+
+def node_address() -> str:
+    """Where this host is reached by the others of the cluster."""
+    import ray
+
+    return ray.util.get_node_ip_address()
 
 
 def stop_ray() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -55,8 +54,8 @@ def sweep(descendants: Descendants) -> None:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         time.sleep(0.1)
-    for folder in Path("/dev/shm").glob(f"megatron_agent_{descendants.mark}_*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for file in Path("/dev/shm").glob(f"megatron_agent_{descendants.mark}_*"):
+        file.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ class Progress:
             return  # a new run without a warm start
         folder = saved[-1]
         await parts.actor.load(folder)
-        parts.weight_version = max(0, self.weight_version - 1)  # the sync that follows stamps the same version again
+        parts.weights.version = max(0, self.weight_version - 1)  # the sync that follows stamps the same version again
         if parts.data.train is not None and self.stream:
             parts.data.train.load_state(self.stream)
         if (name := parts.config.algorithm_name) in self.algorithm:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-import shutil
-from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import yaml
 
@@ -19,18 +17,16 @@ from megatron_agent.config import RunConfig, to_dict
 from megatron_agent.data.dataset import DatasetReport, drop_long_prompts, read_tasks, training_stream
 from megatron_agent.data.images import ImageStore
 from megatron_agent.data.stream import TaskMix, TaskStream
-from megatron_agent.errors import ConfigError, DataError, WeightSyncError
+from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.rollout.pool import EnginePool
 from megatron_agent.rollout.rollouts import Rollouts
+from megatron_agent.sync import WeightSync, transfer_plan
 from megatron_agent.training.actor import Actor
 from megatron_agent.training.checkpoint import weight_files
 from megatron_agent.types import Task
-from megatron_agent.weights.plan import RolloutLayout, TransferPlan, plan_transfer, to_plain
-from megatron_agent.weights.transport import ABORTED, shared_folder
 
 log = logging.getLogger("megatron_agent")
-T = TypeVar("T")
 MIN_ANSWER_TOKENS = 16  # a prompt that leaves less room than this cannot be answered
 
 
@@ -51,7 +47,9 @@ def check(config: RunConfig) -> ModelFamily:
         raise ConfigError("model.path is empty; give the folder of a Hugging Face checkpoint")
     family: ModelFamily = registry.resolve("models", config.model.family)(config.model.path)
     config.training.layout = family.balanced(config.training.layout)
-    family.check(config.training.layout, config.rollout.tensor_parallel)
+    rollout = config.rollout
+    family.check(config.training.layout, rollout.tensor_parallel, rollout.mm_encoder_tp_mode == "data")
+    transfer_plan(config, family)  # layouts that do not meet are refused before anything is started
     weight_files(family.path)  # missing or damaged ones are found here, not by a rank that has been started
     return family
 
@@ -112,44 +110,20 @@ class Stages:
     actor: Actor
     rollouts: Rollouts
     algorithm: Algorithm
-    plan: TransferPlan
-    weight_version: int = 0
+    weights: WeightSync
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.config)
 
+    @property
+    def weight_version(self) -> int:
+        return self.weights.version
+
     async def sync_weights(self) -> None:
-        """Trainer -> engines; every token sampled after it carries the next version."""
-        await transfer(self.actor, self.rollouts.pool, self.plan, self.weight_version + 1)
-        self.weight_version += 1
+        """Trainer -> engines; every token sampled after it carries the next version. The caller holds `weights.lock` from the
+        update on."""
+        await self.weights.push(self.weights.version + 1)
         await self.actor.to_host()
-
-
-async def transfer(actor: Actor, pool: EnginePool, plan: TransferPlan, version: int) -> None:
-    """One round of weights, trainer and engines at work at once.
-
-    Raises WeightSyncError when a living engine did not get its bytes, TrainingError when a trainer rank failed.
-    """
-    folder = shared_folder()
-
-    async def ended(work: Awaitable[T]) -> T:
-        """Who waits for the other side learns that nobody will come any more."""
-        try:
-            return await work
-        finally:
-            (folder / ABORTED).touch()
-
-    try:
-        receiving = pool.sync_weights([{"folder": str(folder)}] * plan.replicas, version)
-        sent, received = await asyncio.gather(ended(actor.send_weights(folder)), ended(receiving), return_exceptions=True)
-        for outcome in (sent, received):
-            if isinstance(outcome, BaseException):
-                raise outcome
-        assert isinstance(sent, dict)
-        if lost := {rank: why for rank, why in sent.items() if rank // plan.tensor_parallel in pool.alive}:
-            raise WeightSyncError(f"weights of version {version}: {next(iter(lost.values()))}")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore) -> tuple[Stages, list[asyncio.Task]]:
@@ -157,39 +131,16 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
 
     The engines take longer; a warm start may run meanwhile.
     """
-    plan = transfer_plan(config, family)  # layouts that do not meet are refused before anything is started
     actor = Actor(cluster.start_workers(config, store), config.training)
-    pool = EnginePool(cluster.start_engines(config, store))
+    restart = functools.partial(cluster.start_engine, config, store)
+    pool = EnginePool(cluster.start_engines(config, store), restart, config.rollout.max_restarts)
     renderer = family.renderer(config.agent.vl_model_path or config.model.path)
     reward = registry.resolve("rewards", config.reward_name)(config.reward)
     algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
     rollouts = Rollouts(pool, renderer, store, reward, config.agent, config.rollout, config.env, config.seed)
-    stages = Stages(config, data, actor, rollouts, algorithm, plan)
-    trainer = asyncio.create_task(_set_up(actor, config, plan))
-    engines = asyncio.create_task(pool.init_weight_transfer(receivers(plan, config.training.dtype)))
-    return stages, [trainer, engines]
-
-
-async def _set_up(actor: Actor, config: RunConfig, plan: TransferPlan) -> None:
-    await actor.set_up(config.model.family, config.model.path, config.seed, config.vision)
-    await actor.set_receivers([plan.sends(rank) for rank in range(config.training.layout.world_size)])
-
-
-def receivers(plan: TransferPlan, dtype: str) -> list[dict]:
-    """What the workers of every engine need to know of the plan (weights/receiver.py, InitInfo)."""
-    ranks = range(plan.tensor_parallel)
-    return [
-        {"copies": [to_plain(plan.receives(engine, rank)) for rank in ranks], "dtype": dtype} for engine in range(plan.replicas)
-    ]
-
-
-def transfer_plan(config: RunConfig, family: ModelFamily) -> TransferPlan:
-    """What goes from which trainer rank to which engine. Raises ConfigError for layouts that do not meet."""
-    layout = config.training.layout
-    table = family.table(layout, transformer_engine=cluster.num_gpus() > 0)
-    rollout = RolloutLayout(config.rollout.tensor_parallel, config.rollout.num_engines)
-    element_bytes = 2 if config.training.dtype == "bfloat16" else 4
-    return plan_transfer(table, family.num_layers, layout, rollout, element_bytes=element_bytes, relay=False)
+    stages = Stages(config, data, actor, rollouts, algorithm, WeightSync(config, family, actor, pool))
+    trainer = actor.set_up(config.model.family, config.model.path, config.seed, config.vision)
+    return stages, [asyncio.create_task(trainer), asyncio.create_task(pool.started())]
 
 
 def record_config(config: RunConfig) -> None:

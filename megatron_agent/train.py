@@ -101,18 +101,19 @@ async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards,
         with timer.phase("rollout"):
             groups = await stop.or_done(parts.rollouts.sample(tasks, step), f"step {step}: rollouts", boards)
         samples = to_samples(groups, parts.algorithm)
-        with timer.phase("train"):
-            boards.status(f"step {step}: update on {len(samples)} rows")
-            lr = config.training.lr_at(step)
-            progress.is_updating = True
-            metrics = await parts.actor.update(
-                samples, parts.algorithm, lr, config.training.minibatches_per_step, config.rollout.temperature
-            )
-        with timer.phase("sync"):
-            if samples:
-                await parts.sync_weights()
-            else:
-                boards.note(f"step {step}: no trajectory could be scored; nothing was learned")
+        async with parts.weights.lock:
+            with timer.phase("train"):
+                boards.status(f"step {step}: update on {len(samples)} rows")
+                lr = config.training.lr_at(step)
+                progress.is_updating = True
+                metrics = await parts.actor.update(
+                    samples, parts.algorithm, lr, config.training.minibatches_per_step, config.rollout.temperature
+                )
+            with timer.phase("sync"):
+                if samples:
+                    await parts.sync_weights()
+                else:
+                    boards.note(f"step {step}: no trajectory could be scored; nothing was learned")
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     metrics |= rollout_metrics(groups) | timer.metrics() | {"weight_version": float(parts.weight_version)}
     generated = sum(trajectory.num_response_tokens for trajectory in trajectories)

@@ -89,7 +89,7 @@ class Turn:
     observation_token_ids: list[int] = field(default_factory=list)
     observation_images: list[ImageRef] = field(default_factory=list)
     observation_text: str = ""
-    tool_call: ToolCall | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
     tool_reward: float = 0.0
 
 
@@ -149,7 +149,7 @@ class Trajectory:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        return [turn.tool_call for turn in self.turns if turn.tool_call is not None]
+        return [call for turn in self.turns for call in turn.tool_calls]
 
     @property
     def text(self) -> str:
@@ -269,6 +269,21 @@ class LossOutputs:
 
 
 Slices: TypeAlias = tuple[tuple[int, int], ...]  # (start, stop) per dim
+
+
+TRANSPORTS = ("auto", "shared_memory", "cuda_ipc", "nccl", "gloo")  # what carries weights from rank to rank
+
+
+@dataclass(frozen=True)
+class SyncRound:
+    """One round of weight transfer: where its store is (host, port), what it is called there, the secret that both sides
+    know, and what carries the bytes (weights/meeting.py)."""
+
+    host: str
+    port: int
+    name: str
+    key: str
+    transport: str = "auto"
 
 
 @dataclass(frozen=True)

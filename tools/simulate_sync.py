@@ -88,7 +88,7 @@ def load_family(name: str, folder: Path) -> ModelFamily:
 
 def make_plan(family: ModelFamily, training: Layout, rollout: RolloutLayout, topology: Topology) -> TransferPlan:
     training = family.balanced(training)
-    family.check(training, rollout.tensor_parallel)
+    family.check(training, rollout.tensor_parallel, rollout.mm_encoder_tp_mode == "data")
     table = family.table(training, transformer_engine=True)
     return plan_transfer(table, family.num_layers, training, rollout, topology)
 

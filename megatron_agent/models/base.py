@@ -49,8 +49,10 @@ class ModelFamily(ABC):
         return layout.with_costs(self.num_layers, *self.stage_costs(layout))
 
     @abstractmethod
-    def check(self, layout: Layout, rollout_tensor_parallel: int = 1) -> None:
-        """Raise ConfigError when the model cannot be laid out so on either side (heads, layers against degrees)."""
+    def check(self, layout: Layout, rollout_tensor_parallel: int = 1, whole_tower: bool = False) -> None:
+        """Raise ConfigError when the model cannot be laid out so on either side (heads, layers against degrees).
+
+        `whole_tower`: every rollout rank holds the whole vision tower."""
 
     @abstractmethod
     def transformer_config(self, layout: Layout, dtype: torch.dtype) -> TransformerConfig:

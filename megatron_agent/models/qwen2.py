@@ -183,7 +183,7 @@ class Qwen2(ModelFamily):
     def num_layers(self) -> int:
         return self.text.num_layers
 
-    def check(self, layout: Layout, rollout_tensor_parallel: int = 1) -> None:
+    def check(self, layout: Layout, rollout_tensor_parallel: int = 1, whole_tower: bool = False) -> None:
         text, tp = self.text, layout.tensor_parallel
         for what, count in (("attention heads", text.num_heads), ("intermediate size", text.intermediate_size)):
             if count % tp:

@@ -6,6 +6,7 @@ that actor, so preparing requests and stepping the model overlap. The configurat
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import itertools
 import logging
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import ConfigError, EngineError, WeightSyncError
 from megatron_agent.rollout.generation import Generation, Sampling, first_difference, versions_of
-from megatron_agent.types import ImageRef
+from megatron_agent.types import TRANSPORTS, ImageRef
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -32,6 +33,7 @@ WORKER_EXTENSION = "megatron_agent.rollout.worker_extension.WorkerExtension"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENCODER_BUDGET_FACTOR = 16
 CACHE_MISS_ATTEMPTS = 3  # a sync that clears vLLM's picture caches can overtake a request that was already prepared
+LOOK_EVERY_S = 2.0
 BANNED_LOGIT_BIAS = -100.0  # the largest that vLLM takes; e^-100 is never sampled
 
 
@@ -57,6 +59,10 @@ class RolloutConfig:
     cpu_kvcache_gib: int = 1
     num_cpu_threads: int = 1
     enforce_eager: bool = True
+    mm_encoder_tp_mode: str = "weights"  # vLLM's: the vision tower split over the tensor ranks, or "data": whole on each
+    weight_transport: str = "auto"  # shared_memory, cuda_ipc, nccl, gloo; auto: by where the two ranks sit
+    weight_relay: str = "auto"  # engines pass weights on where that is faster: auto (on GPUs), always, never
+    max_restarts: int = 3  # of an engine that died; beyond that the run goes on without it
     ban_special_tokens: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +79,13 @@ class RolloutConfig:
         _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be above 0 and at most 1 (1: off)")
         _require(self.top_k >= 0, f"rollout.top_k={self.top_k} must be 0 (off) or more")
         _require(self.dtype in DTYPES, f"rollout.dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        _require(self.mm_encoder_tp_mode in ("weights", "data"),
+                 f"rollout.mm_encoder_tp_mode={self.mm_encoder_tp_mode!r}; allowed: weights, data")  # fmt: skip
+        _require(self.weight_transport in TRANSPORTS,
+                 f"rollout.weight_transport={self.weight_transport!r}; allowed: {', '.join(TRANSPORTS)}")  # fmt: skip
+        _require(self.weight_relay in ("auto", "always", "never"),
+                 f"rollout.weight_relay={self.weight_relay!r}; allowed: auto, always, never")  # fmt: skip
+        _require(self.max_restarts >= 0, f"rollout.max_restarts={self.max_restarts} must be 0 (never) or more")
         _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must be above 0 and at most 1")
 
 
@@ -141,6 +154,7 @@ class Engine:
                 block_size=KV_BLOCK_TOKENS,
                 limit_mm_per_prompt={"image": self._max_images, "video": 0},
                 logprobs_mode="processed_logprobs",
+                mm_encoder_tp_mode=config.mm_encoder_tp_mode,  # type: ignore[arg-type]
                 **self._prefill_options(),
                 **transfer,
             ).create_engine_config()
@@ -257,10 +271,14 @@ class Engine:
             raise WeightSyncError(f"weights of version {version} did not arrive: {error!r}; generation stays paused") from None
         await self.llm.resume_generation()
 
-    async def describe(self) -> list[dict[str, tuple[int, ...]]]:
-        """Parameter name -> shape of every worker, as vLLM holds them (needs the worker extension)."""
+    async def describe(self) -> list[dict[str, tuple[int, ...] | None]]:
+        """Parameter name -> shape (None: packed) of every worker, as vLLM holds them (needs the worker extension)."""
         workers = await self.llm.collective_rpc("describe_parameters")
-        return [{name: tuple(shape) for name, shape in worker.items()} for worker in workers]
+        return [{name: shape and tuple(shape) for name, shape in worker.items()} for worker in workers]
+
+    async def places(self) -> list[tuple[str, str]]:
+        """(host, device) of every worker (needs the worker extension)."""
+        return [(host, device) for host, device in await self.llm.collective_rpc("place")]
 
     async def checksums(self) -> list[dict[str, str]]:
         """Checksum of every parameter, per worker."""
@@ -269,6 +287,14 @@ class Engine:
     async def is_alive(self) -> bool:
         """Whether vLLM's processes still serve; after False every request would fail."""
         return not self.llm.errored
+
+    async def until_dead(self) -> None:
+        """Returns when vLLM's processes do not serve any more; where this process itself dies, Ray tells the caller."""
+        while await self.is_alive():
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def stats(self) -> dict[str, float]:
         """Counts since the start, and the share of prompt tokens that the prefix cache had."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from megatron_agent.errors import EngineError, MegatronAgentError, WeightSyncError, cause_of
 from megatron_agent.rollout.generation import Generation, Sampling
@@ -21,14 +24,23 @@ MAX_REMEMBERED = 1 << 16  # trajectories; an evicted one only loses its prefix c
 class EnginePool:
     """Ray handles of `Engine` actors. Turns of a trajectory go to one engine, whose prefix cache knows its row.
 
-    consumes: requests of all episodes. waits for: the engine asked. unblocked by: its answer, or its death (the request
-    then goes to another engine, with the whole row). produces: Generations.
+    consumes: requests of all episodes. waits for: the engine asked, or, when none is alive, one that is coming back.
+    unblocked by: its answer, or its death (the request then goes to another engine, with the whole row).
+    produces: Generations.
+
+    `restart(index)` starts a dead engine again, at most `max_restarts` times each; `on_restart(index, handle)` gives it the
+    current weights before it serves.
     """
 
-    def __init__(self, handles: Sequence[Any]) -> None:
+    def __init__(self, handles: Sequence[Any], restart: Callable[[int], Any] | None = None, max_restarts: int = 3) -> None:
         if not handles:
             raise EngineError("an engine pool needs at least one engine")
         self._handles = dict(enumerate(handles))
+        self._restart, self._restarts_left = restart, dict.fromkeys(self._handles, max_restarts)
+        self._coming_back: dict[int, asyncio.Task[None]] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+        self.on_restart: Callable[[int, Any], Awaitable[None]] | None = None
+        self.num_restarts = 0
         self._tokens_in_flight = dict.fromkeys(self._handles, 0)
         self._engine_of: OrderedDict[str, int] = OrderedDict()
 
@@ -56,9 +68,9 @@ class EnginePool:
 
     async def generate(self, trajectory_id: str, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
         """One turn, on the trajectory's engine or, when that dies, on another one."""
-        from ray.exceptions import RayActorError, RayTaskError
-
         while True:
+            while not self._handles and self._coming_back:
+                await asyncio.wait(self._coming_back.values(), return_when=asyncio.FIRST_COMPLETED)
             index = self.engine_for(trajectory_id)
             cost_tokens = len(row) + sampling.max_tokens
             self._tokens_in_flight[index] += cost_tokens
@@ -75,38 +87,107 @@ class EnginePool:
                 self._tokens_in_flight[index] -= cost_tokens
 
     async def _is_alive(self, index: int) -> bool:
-        from ray.exceptions import RayError
-
         try:
             return index in self._handles and await self._handles[index].is_alive.remote()
         except RayError:
             return False
 
     def _drop(self, index: int, error: Exception) -> None:
-        if self._handles.pop(index, None) is not None:
-            logger.error("rollout engine %d died, %d left: %s", index, len(self._handles), _reason(error))
+        handle = self._handles.pop(index, None)
+        if handle is None:
+            return
+        logger.error("rollout engine %d died, %d left: %s", index, len(self._handles), _reason(error))
+        if self._restart is not None and self._restarts_left[index]:
+            self._coming_back[index] = asyncio.create_task(self._bring_back(index, handle))
 
-    async def sync_weights(self, updates: Sequence[dict[str, Any]], version: int) -> None:
-        """Give every living engine its update (`updates[i]` is engine i's). One that has died is left out from then on.
+    def watch(self) -> None:
+        """Notice the death of an engine that nobody asks anything, too."""
+        for index, handle in self._handles.items():
+            self._watch(index, handle)
+
+    def _watch(self, index: int, handle: Any) -> None:
+        async def until_dead() -> None:
+            answer = await _ask(index, handle.until_dead, ())
+            if self._handles.get(index) is handle:
+                self._drop(index, answer or EngineError("vLLM's processes do not serve any more"))
+
+        watcher = asyncio.create_task(until_dead())
+        self._watchers.add(watcher)  # the event loop holds tasks weakly
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def _bring_back(self, index: int, dead: Any) -> None:
+        """Start an engine again until it serves or may not be started any more."""
+        import ray
+
+        assert self._restart is not None
+        try:
+            while self._restarts_left[index]:
+                self._restarts_left[index] -= 1
+                with contextlib.suppress(RayError, ValueError):  # what is left of it, such as vLLM's child processes
+                    ray.kill(dead)
+                handle = self._restart(index)
+                try:
+                    await handle.is_alive.remote()  # until it has started
+                    if self.on_restart is not None:
+                        await self.on_restart(index, handle)
+                except (RayError, MegatronAgentError) as error:
+                    logger.error("rollout engine %d could not be started again: %s", index, _reason(error))
+                    dead = handle
+                else:
+                    self._handles[index] = handle
+                    self._watch(index, handle)
+                    self.num_restarts += 1
+                    logger.warning("rollout engine %d serves again", index)
+                    return
+        finally:
+            del self._coming_back[index]
+
+    async def sync_weights(self, update: dict[str, Any], version: int, joining: tuple[int, Any] | None = None) -> None:
+        """Give every living engine the update. One that has died is left out from then on. `joining`: only this engine
+        (index, handle), which is not of the pool yet; what it raises is raised.
 
         waits for: all engines, also after one has failed, so that none is left in the middle of an update.
         Raises WeightSyncError when a living engine fails, EngineError when no engine is left.
         """
-        _, failures = await self._all("sync_weights", lambda index: (updates[index], version))
+        if joining is not None:
+            answer = await _ask(joining[0], joining[1].sync_weights, (update, version))
+            if isinstance(answer, MegatronAgentError):
+                raise answer
+            return
+        _, failures = await self._all("sync_weights", lambda _: (update, version))
+        await self._part_with_the_dead(failures, f"the sync of weights {version}")
+
+    async def init_weight_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+        """`infos[i]` is what the receivers of engine i need. One that has died is left out.
+
+        Raises WeightSyncError when a living engine fails, EngineError when no engine is left.
+        """
+        _, failures = await self._all("init_weight_transfer", lambda index: (infos[index],))
+        await self._part_with_the_dead(failures, "the start of weight transfer")
+
+    async def _part_with_the_dead(self, failures: dict[int, MegatronAgentError], when: str) -> None:
         for index, error in failures.items():
             if not await self._is_alive(index):
                 self._drop(index, error)
             elif isinstance(error, WeightSyncError):
                 raise error
             else:
-                raise WeightSyncError(f"rollout engine {index}, weights of version {version}: {error}")
+                raise WeightSyncError(f"rollout engine {index}, in {when}: {error}")
         if not self._handles:
             reasons = "; ".join(str(error) for error in failures.values())
-            raise EngineError(f"every rollout engine has died, in the sync of weights {version}: {reasons}")
+            raise EngineError(f"every rollout engine has died, in {when}: {reasons}")
 
-    async def init_weight_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
-        """`infos[i]` is what the receivers of engine i need. Raises EngineError when an engine has not started."""
-        await self._all_well("init_weight_transfer", lambda index: (infos[index],))
+    async def started(self) -> None:
+        """Until every engine has started. Raises EngineError, saying why, when one has not."""
+        await self._all_well("is_alive", lambda _: ())
+
+    async def places(self) -> list[list[tuple[str, str]]]:
+        """(host, device) of every worker of every engine. Raises EngineError when one has not started."""
+        return await self._all_well("places", lambda _: ())
+
+    async def describe(self) -> list[list[dict[str, tuple[int, ...] | None]]]:
+        """`Engine.describe` of every engine."""
+        return await self._all_well("describe", lambda _: ())
 
     async def stats(self) -> dict[str, float]:
         """Sums over the engines; rates are their means. Raises EngineError when one has died."""
@@ -134,8 +215,6 @@ class EnginePool:
 
 async def _ask(index: int, method: Any, arguments: tuple[Any, ...]) -> Any:
     """What the engine answers; an error of ours when it fails, returned so that the others are waited for."""
-    from ray.exceptions import RayError, RayTaskError
-
     try:
         return await method.remote(*arguments)
     except RayTaskError as error:
@@ -145,7 +224,7 @@ async def _ask(index: int, method: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Ray's report on one line, from the error itself on: the traceback of the actor stays in its log."""
-    lines = str(error).splitlines()
+    """Ray's report on one line, from the error itself on, without its guesses: the actor's traceback stays in its log."""
+    lines = str(error).partition(" Some common causes")[0].splitlines()
     starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
     return " ".join(" ".join(lines[starts[-1] if starts else 0 :]).split())

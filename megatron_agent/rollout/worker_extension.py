@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-importlib.import_module("megatron_agent.weights.receiver").register()
+receiver: Any = importlib.import_module("megatron_agent.weights.receiver")
+receiver.register()
 
 
 class WorkerExtension:
@@ -17,6 +18,17 @@ class WorkerExtension:
 
     model_runner: Any  # vLLM's, of the worker this is mixed into
 
-    def describe_parameters(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of this worker's parameters; packed ones (CPU backend) have no elements left."""
-        return {name: tuple(parameter.shape) for name, parameter in self.model_runner.get_model().named_parameters()}
+    def describe_parameters(self) -> dict[str, tuple[int, ...] | None]:
+        """Name -> shape of this worker's parameters, vocabularies without their padding; None: packed by the CPU backend."""
+        model = self.model_runner.get_model()
+        modules, shapes = dict(model.named_modules()), {}
+        for name, parameter in model.named_parameters():
+            owner = modules[name.rpartition(".")[0]]
+            rows = getattr(owner, "num_org_embeddings_per_partition", None)
+            shape = tuple(parameter.shape) if rows is None else (rows, *parameter.shape[1:])
+            shapes[name] = shape if parameter.numel() or rows == 0 else None
+        return shapes
+
+    def place(self) -> tuple[str, str]:
+        """(host, device), as weights/topology.py counts them."""
+        return receiver.place()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import ConfigError, TrainingError, cause_of
 from megatron_agent.training.layout import Layout
-from megatron_agent.types import ShardCopy, TrainSample
+from megatron_agent.types import ShardCopy, SyncRound, TrainSample
 
 if TYPE_CHECKING:
     from megatron_agent.algorithms.base import Algorithm
@@ -226,14 +226,18 @@ class Actor:
         plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch, self.layout.data_parallel, fewest)
         return interleavable(plan, self.layout)
 
+    async def places(self) -> list[tuple[str, str]]:
+        """(host, device) of every rank."""
+        return await self._all("place")
+
     async def set_receivers(self, copies: Sequence[list[ShardCopy]]) -> None:
         """`copies[rank]`: what a rank sends in every weight sync."""
         calls = [worker.set_receivers.remote(mine) for worker, mine in zip(self.workers, copies, strict=True)]
         await asyncio.gather(*(self._one(rank, call) for rank, call in enumerate(calls)))
 
-    async def send_weights(self, folder: Path) -> dict[int, str]:
-        """Every rank sends its shards to the receivers that meet it in `folder` -> rollout rank: why it did not get them."""
-        return {rank: why for lost in await self._all("send_weights", str(folder)) for rank, why in lost.items()}
+    async def send_weights(self, sync_round: SyncRound, only: frozenset[int] | None = None) -> dict[int, str]:
+        """Every rank sends its shards to the rollout ranks (of `only`) -> rollout rank: why it did not get them."""
+        return {rank: why for lost in await self._all("send_weights", sync_round, only) for rank, why in lost.items()}
 
     async def save(self, folder: Path) -> None:
         """Every rank copies its state; its files and part (snapshot.py) in `folder` follow while it works on."""

@@ -15,7 +15,7 @@ from megatron_agent.data.images import ImageStore
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.training.critic import ValueObjective
 from megatron_agent.training.layout import Layout
-from megatron_agent.types import ImageRef, ShardCopy, TrainSample
+from megatron_agent.types import ImageRef, ShardCopy, SyncRound, TrainSample
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -99,15 +99,21 @@ class Worker:
         with self.offload.on_device("parameters"):
             return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
 
+    def place(self) -> tuple[str, str]:
+        """(host, device), as weights/topology.py counts them."""
+        from megatron_agent.weights.sender import place
+
+        return place()
+
     def set_receivers(self, copies: list[ShardCopy]) -> None:
         self.copies = copies
 
-    def send_weights(self, folder: str) -> dict[int, str]:
+    def send_weights(self, sync_round: SyncRound, only: frozenset[int] | None = None) -> dict[int, str]:
         """This rank's part of a weight transfer -> rollout rank: why it did not get its bytes."""
         from megatron_agent.weights.sender import send
 
         with self.offload.on_device("parameters"):
-            return send(self.model.module, self.copies, Path(folder))
+            return send(self.model.module, self.copies, sync_round, only)
 
     def save(self, folder: str) -> None:
         with self.offload.on_device("all"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,27 +17,32 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from megatron_agent.errors import WeightSyncError
 from megatron_agent.models.mapping import as_index
-from megatron_agent.types import ShardCopy
+from megatron_agent.types import ShardCopy, SyncRound
+from megatron_agent.weights.meeting import Meeting, place
 from megatron_agent.weights.plan import from_plain
 from megatron_agent.weights.transport import receive_all
 
 BACKEND = "megatron_agent"
+__all__ = ["BACKEND", "InitInfo", "ShardReceiver", "UpdateInfo", "place", "register"]
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
     """`copies[rank]`: what each tensor-parallel rank of this engine gets, as `weights.plan.to_plain` writes it (vLLM's
-    messages carry no classes)."""
+    messages carry no classes). Rank `first_rank` of all rollout ranks is this engine's first. The engine whose first rank
+    is `relay_to` gets the same from this one."""
 
     copies: list[list[list]]
     dtype: str
+    first_rank: int
+    relay_to: int | None = None
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One round: where sender and receiver meet."""
+    """One round: the fields of a SyncRound."""
 
-    folder: str
+    sync_round: dict[str, Any]
 
 
 class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -55,6 +59,8 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         rank = self.parallel_config.rank % self.parallel_config.tensor_parallel_size
         everyones = [from_plain(rows) for rows in init_info.copies]
         self._mine = everyones[rank]
+        self._rank = init_info.first_rank + rank
+        self._relay_to = None if init_info.relay_to is None else init_info.relay_to + rank
         self._dtype = getattr(torch, init_info.dtype)
         self._modules = dict(self.model.named_modules())
         named = dict(self.model.named_parameters())
@@ -83,7 +89,7 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """A shard is verified where it was written; WeightSyncError names the first that is wrong, and the engine must not
         serve then: some of its parameters are new."""
-        receive_all(Path(update_info.folder), self._mine[0].dst_rank, self._mine, self)
+        receive_all(Meeting(SyncRound(**update_info.sync_round)), self._rank, self._mine, self, self._relay_to)
 
     def write(self, copy: ShardCopy, values: torch.Tensor) -> torch.Tensor:
         place = self._target(copy.dst_param)[as_index(copy.dst_slice)]
@@ -127,7 +133,7 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def finish_weight_update(self) -> None:
         left = [name for name, missing in self._missing.items() if missing]
         if left:
-            raise WeightSyncError(f"parameters {left[:3]} of vLLM rank {self._mine[0].dst_rank} did not arrive whole")
+            raise WeightSyncError(f"parameters {left[:3]} of rollout rank {self._rank} did not arrive whole")
 
     def shutdown(self) -> None:
         pass

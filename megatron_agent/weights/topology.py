@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -83,6 +84,18 @@ class Topology:
         """At the full speed of the link; within a device it takes none."""
         kind = self.link(source, target)
         return 0.0 if kind == "local" else num_bytes / ((self.nvlink_gbps if kind == "nvlink" else self.nic_gbps) * BYTES_PER_S)
+
+
+def place_ranks(training: Sequence[tuple[str, str]], rollout: Sequence[tuple[str, str]]) -> Topology:
+    """From (host, device) of every rank, as the ranks themselves say it; hosts and devices are numbered as they appear."""
+    hosts: dict[str, int] = {}
+    devices: dict[tuple[str, str], int] = {}
+
+    def place(host: str, device: str) -> Place:
+        node = hosts.setdefault(host, len(hosts))
+        return Place(node, devices.setdefault((host, device), sum(known == host for known, _ in devices)))
+
+    return Topology(tuple(place(*rank) for rank in training), tuple(place(*rank) for rank in rollout))
 
 
 @dataclass

@@ -161,11 +161,11 @@ def resume(path, layout, folder):
     return steps.take(2)
 
 
-def send_weights(path, layout, plan, folder):
+def send_weights(path, layout, plan, sync_round):
     from megatron_agent.weights.sender import send
 
     model = make_model(path, layout)
-    return send(model.module, [copy for copy in plan if copy.src_rank == model.rank], Path(folder))
+    return send(model.module, [copy for copy in plan if copy.src_rank == model.rank], sync_round)
 
 
 def loss_is_nan(path, layout):

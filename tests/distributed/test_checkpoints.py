@@ -3,7 +3,6 @@
 Not covered: a checkpoint of other hardware, bfloat16 master weights, vLLM's own side (tests/integration).
 """
 
-import shutil
 from threading import Thread
 
 import pytest
@@ -14,8 +13,9 @@ from safetensors import safe_open
 from megatron_agent.models.mapping import as_index
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
+from megatron_agent.weights.meeting import Meeting, MeetingPoint
 from megatron_agent.weights.plan import make_plan
-from megatron_agent.weights.transport import receive_all, shared_folder
+from megatron_agent.weights.transport import receive_all
 
 pytestmark = pytest.mark.distributed
 
@@ -57,20 +57,18 @@ def test_real_shards_arrive_as_the_file_has_them(ranks, tiny_models, layout, vll
     table = family.table(layout, transformer_engine=False)
     sources = [megatron_pieces(table, layout, family.text.num_layers, rank) for rank in range(layout.world_size)]
     targets = [vllm_pieces(table, vllm_tp, rank) for rank in range(vllm_tp)]
-    plan, folder = make_plan(sources, targets), shared_folder()
+    plan, point = make_plan(sources, targets), MeetingPoint()
+    sync_round = point.open()
     sinks = [Buffers(pieces) for pieces in targets]
     threads = [
-        Thread(target=receive_all, args=(folder, rank, [c for c in plan if c.dst_rank == rank], sink))
+        Thread(target=receive_all, args=(Meeting(sync_round), rank, [c for c in plan if c.dst_rank == rank], sink))
         for rank, sink in enumerate(sinks)
     ]
-    try:
-        for thread in threads:
-            thread.start()
-        lost = ranks.run(layout.world_size, rank_jobs.send_weights, tiny_models["untied"], layout, plan, folder)
-        for thread in threads:
-            thread.join(60)
-    finally:
-        shutil.rmtree(folder)
+    for thread in threads:
+        thread.start()
+    lost = ranks.run(layout.world_size, rank_jobs.send_weights, tiny_models["untied"], layout, plan, sync_round)
+    for thread in threads:
+        thread.join(60)
     assert lost == [{}] * layout.world_size
     with safe_open(tiny_models["untied"] / "model.safetensors", framework="pt") as reader:
         for sink, pieces in zip(sinks, targets):

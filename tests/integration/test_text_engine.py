@@ -3,7 +3,7 @@
 Not covered: Megatron ranks on the sending side (tests/distributed/test_text_family.py has their numbers), GPUs.
 """
 
-import shutil
+from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 
@@ -16,8 +16,9 @@ from megatron_agent.models.mapping import as_index
 from megatron_agent.models.qwen2 import Qwen2
 from megatron_agent.rollout.engine import Engine, RolloutConfig, Sampling
 from megatron_agent.training.layout import Layout, megatron_pieces, vllm_pieces
+from megatron_agent.weights.meeting import Meeting, MeetingPoint
 from megatron_agent.weights.plan import make_plan, to_plain
-from megatron_agent.weights.transport import send_all, shared_folder
+from megatron_agent.weights.transport import send_all
 
 pytestmark = pytest.mark.integration
 
@@ -50,7 +51,7 @@ def logprobs(path, row, num_generated, weights=None):
     return logits.log_softmax(-1).gather(1, torch.tensor(row[-num_generated:])[:, None])[:, 0].tolist()
 
 
-def send(weights, sources, plan, folder):
+def send(weights, sources, plan, sync_round):
     """What the Megatron ranks would send of `weights`, were they theirs."""
     lost = {}
     for rank, pieces in enumerate(sources):
@@ -61,7 +62,7 @@ def send(weights, sources, plan, folder):
         for p in pieces:
             parameters[p.param][as_index(p.param_slice)] = weights[p.hf_name][as_index(p.hf_slice)]
         mine = [copy for copy in plan if copy.src_rank == rank]
-        thread = Thread(target=lambda *args: lost.update(send_all(*args)), args=(folder, mine, parameters))
+        thread = Thread(target=lambda *args: lost.update(send_all(*args)), args=(Meeting(sync_round), mine, parameters))
         thread.start()
         yield thread
     assert lost == {}
@@ -74,7 +75,7 @@ def test_logprobs_equal_transformers_before_and_after_new_weights(engine, tiny_t
     table = family.table(LAYOUT, transformer_engine=False)
     sources = [megatron_pieces(table, LAYOUT, family.num_layers, rank) for rank in range(LAYOUT.world_size)]
     plan = make_plan(sources, [vllm_pieces(table, 1, 0)])
-    ray.get(engine.init_weight_transfer.remote({"copies": [to_plain(plan)], "dtype": "float32"}))
+    ray.get(engine.init_weight_transfer.remote({"copies": [to_plain(plan)], "dtype": "float32", "first_rank": 0}))
     row, sampling = list(range(40, 70)), Sampling(max_tokens=24, seed=1)
     turn = ray.get(engine.generate.remote(row, [], sampling))
     expected = logprobs(tiny_text_model, row + turn.token_ids, len(turn.token_ids))
@@ -83,12 +84,12 @@ def test_logprobs_equal_transformers_before_and_after_new_weights(engine, tiny_t
     generator = torch.Generator().manual_seed(3)
     old = load_file(tiny_text_model / "model.safetensors")
     new = {name: t + 0.05 * torch.randn(t.shape, generator=generator) for name, t in old.items()}
-    folder = shared_folder()
-    threads = list(send(new, sources, plan, folder))
-    ray.get(engine.sync_weights.remote({"folder": str(folder)}, 1))
+    point = MeetingPoint()
+    sync_round = point.open()
+    threads = list(send(new, sources, plan, sync_round))
+    ray.get(engine.sync_weights.remote({"sync_round": asdict(sync_round)}, 1))
     for thread in threads:
         thread.join(60)
-    shutil.rmtree(folder)
     turn = ray.get(engine.generate.remote(row, [], sampling))
     expected = logprobs(tiny_text_model, row + turn.token_ids, len(turn.token_ids), new)
     assert turn.logprobs == pytest.approx(expected, abs=TOLERANCE) and set(turn.weight_versions) == {1}

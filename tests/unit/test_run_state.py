@@ -83,7 +83,13 @@ def make_parts(tmp_path, ranks):
     data = SimpleNamespace(train=None)
     checkpoints = Checkpoints(config)
     return SimpleNamespace(
-        config=config, actor=ranks, weight_version=3, data=data, algorithm=Controlled(), checkpoints=checkpoints
+        config=config,
+        actor=ranks,
+        weight_version=3,
+        weights=SimpleNamespace(version=3),
+        data=data,
+        algorithm=Controlled(),
+        checkpoints=checkpoints,
     )
 
 

@@ -50,12 +50,12 @@ class Qwen2_5_VL(Qwen2):
         self.vision: VisionConfig = VisionConfig(**sizes)
         self.image_token_id: int = self.hf_config["image_token_id"]
 
-    def check(self, layout: Layout, rollout_tensor_parallel: int = 1) -> None:
-        super().check(layout, rollout_tensor_parallel)
-        if self.vision.num_heads % rollout_tensor_parallel:
+    def check(self, layout: Layout, rollout_tensor_parallel: int = 1, whole_tower: bool = False) -> None:
+        super().check(layout, rollout_tensor_parallel, whole_tower)
+        if not whole_tower and self.vision.num_heads % rollout_tensor_parallel:
             raise ConfigError(
                 f"rollout.tensor_parallel={rollout_tensor_parallel} does not divide the {self.vision.num_heads} attention "
-                f"heads of the vision tower"
+                f"heads of the vision tower; give another, or rollout.mm_encoder_tp_mode=data"
             )
 
     def stage_costs(self, layout: Layout) -> tuple[float, float]:

@@ -19,7 +19,7 @@ class Handle:
     def __init__(self, name, gate=None):
         self.name, self.gate, self.alive, self.rows, self.versions = name, gate, True, [], []
         self.generate, self.sync_weights = Remote(self._generate), Remote(self._sync)
-        self.is_alive = Remote(self._is_alive)
+        self.is_alive, self.until_dead = Remote(self._is_alive), Remote(self._until_dead)
 
     async def _generate(self, row, images, sampling):
         if not self.alive:
@@ -33,6 +33,9 @@ class Handle:
         if not self.alive:
             raise RayActorError
         self.versions.append((update, version))
+
+    async def _until_dead(self):
+        await asyncio.sleep(3600)
 
     async def _is_alive(self):
         if not self.alive:
@@ -65,7 +68,7 @@ def test_a_dead_engine_hands_its_trajectories_on():
         first = await pool.generate("a", [1], [], Sampling())
         handles[0].alive = False
         second = await pool.generate("a", [1, 2], [], Sampling())
-        await pool.sync_weights([{"n": 0}, {"n": 1}], 4)
+        await pool.sync_weights({"n": 1}, 4)
         handles[1].alive = False
         with pytest.raises(EngineError, match="every rollout engine"):
             await pool.generate("a", [1, 2], [], Sampling())
@@ -109,12 +112,12 @@ def test_a_sync_goes_on_without_the_dead(caplog):
         handles = [Handle(0), Handle(1)]
         pool = EnginePool(handles)
         handles[0].alive = False
-        await pool.sync_weights([{"n": 0}, {"n": 1}], 4)
+        await pool.sync_weights({"n": 1}, 4)
         assert pool.handles == [handles[1]] and handles[1].versions == [({"n": 1}, 4)]
         assert "rollout engine 0 died, 1 left" in caplog.text
         handles[1].alive = False
         with pytest.raises(EngineError, match="every rollout engine has died, in the sync of weights 5: rollout engine 1"):
-            await pool.sync_weights([{}, {}], 5)
+            await pool.sync_weights({}, 5)
 
     asyncio.run(main())
 
@@ -128,7 +131,7 @@ def test_a_living_engine_whose_sync_fails_stops_the_run(error):
     async def main():
         handles = [Failing(0), Handle(1)]
         with pytest.raises(WeightSyncError, match="bytes differ"):
-            await EnginePool(handles).sync_weights([{}, {}], 4)
+            await EnginePool(handles).sync_weights({}, 4)
         assert handles[1].versions == [({}, 4)]
 
     asyncio.run(main())
@@ -141,12 +144,69 @@ def test_an_engine_that_does_not_start_says_why_on_one_line():
     class Stillborn(Handle):
         def __init__(self, name):
             super().__init__(name)
-            self.init_weight_transfer = Remote(self._init)
+            self.is_alive = Remote(self._start)
 
-        async def _init(self, info):
+        async def _start(self):
             raise died
 
     with pytest.raises(EngineError) as caught:
-        asyncio.run(EnginePool([Stillborn(0)]).init_weight_transfer([{}]))
+        asyncio.run(EnginePool([Stillborn(0)]).started())
     why = "megatron_agent.errors.EngineError: vLLM did not start: no memory"
     assert str(caught.value) == f"rollout engine 0 died: {why}"
+
+
+def test_a_dead_engine_is_started_again_and_serves_once_it_has_the_weights():
+    """The only engine dies: its trajectory waits for the next one, which gets the weights before it is asked."""
+
+    async def main():
+        first, second, seen = Handle(0), Handle(1), []
+
+        async def give_weights(index, handle):
+            seen.append((index, handle.name, len(handle.rows)))
+            await asyncio.sleep(0.01)
+
+        pool = EnginePool([first], restart=lambda index: second)
+        pool.on_restart = give_weights
+        first.alive = False
+        turn = await pool.generate("a", [1, 2], [], Sampling())
+        assert turn.token_ids == [1] and seen == [(0, 1, 0)] and pool.alive == {0} and pool.num_restarts == 1
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_does_not_come_back_is_given_up(caplog):
+    async def main():
+        first, second, starts = Handle(0), Handle(1), []
+
+        def restart(index):
+            starts.append(index)
+            dead = Handle(9)
+            dead.alive = False
+            return dead
+
+        pool = EnginePool([first, second], restart, max_restarts=2)
+        first.alive = False
+        assert (await pool.generate("a", [1], [], Sampling())).token_ids == [1]
+        while pool._coming_back:
+            await asyncio.sleep(0.01)
+        assert starts == [0, 0] and pool.alive == {1}
+        assert caplog.text.count("rollout engine 0 could not be started again") == 2
+        second.alive = False
+        pool._restarts_left[1] = 0
+        with pytest.raises(EngineError, match="every rollout engine has died"):
+            await pool.generate("a", [1], [], Sampling())
+
+    asyncio.run(main())
+
+
+def test_weights_go_to_one_that_joins_only():
+    async def main():
+        handles, third = [Handle(0), Handle(1)], Handle(2)
+        pool = EnginePool(handles)
+        await pool.sync_weights({"n": 1}, 7, joining=(2, third))
+        assert third.versions == [({"n": 1}, 7)] and handles[0].versions == []
+        third.alive = False
+        with pytest.raises(EngineError, match="rollout engine 2 died"):
+            await pool.sync_weights({"n": 1}, 7, joining=(2, third))
+
+    asyncio.run(main())

@@ -26,7 +26,7 @@ def receiver(names, rank):
     made.parallel_config = SimpleNamespace(rank=rank, tensor_parallel_size=2)
     made.model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(2)) for name in names})
     copies = [to_plain([copy for copy in PLAN if copy.dst_rank == to]) for to in (0, 1)]
-    made.init_transfer_engine(InitInfo(copies=copies, dtype="float32"))
+    made.init_transfer_engine(InitInfo(copies=copies, dtype="float32", first_rank=0))
     return made
 
 

@@ -1,19 +1,23 @@
 """Buckets between senders and receivers that are threads here, and what happens when one of them fails.
 
-Not covered: CUDA IPC; receivers in other processes (tests/distributed/test_checkpoints.py, tests/integration).
+Not covered: CUDA IPC, NCCL; receivers in other processes (tests/distributed/test_checkpoints.py, tests/integration).
 """
 
 import threading
+from dataclasses import replace
 from math import prod
+from multiprocessing import AuthenticationError
 
 import pytest
 import torch
 
-from megatron_agent.errors import WeightSyncError
+from megatron_agent.errors import ConfigError, WeightSyncError
 from megatron_agent.models.mapping import as_index
 from megatron_agent.types import ShardCopy
-from megatron_agent.weights import transport
-from megatron_agent.weights.transport import ABORTED, buckets, checksum, cut, receive_all, send_all, shared_folder
+from megatron_agent.weights import carriers
+from megatron_agent.weights.buckets import buckets, checksum, cut
+from megatron_agent.weights.meeting import Meeting, MeetingPoint
+from megatron_agent.weights.transport import receive_all, send_all
 
 PARAMETERS = [  # of two senders
     {"a": (40, 30), "b": (17,), "c": (3, 5, 7)},
@@ -29,18 +33,20 @@ COPIES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def point():
+    return MeetingPoint()
+
+
 @pytest.fixture
-def folder():
-    found = shared_folder()  # a socket's path must be short
-    yield found
-    for file in found.iterdir():
-        file.unlink()
-    found.rmdir()
+def sync_round(point):
+    return point.open()
 
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(transport, "CPU_BUCKET_BYTES", 800)
+    monkeypatch.setattr(carriers, "CPU_BUCKET_BYTES", 800)
+    monkeypatch.setattr(carriers, "SMALLEST_SLOT_BYTES", 400)
 
 
 class Shards:
@@ -62,18 +68,24 @@ class Shards:
         self.num_written += prod(copy.shape)
 
 
-def run(folder, sinks, dtype=torch.float32, senders=(0, 1), deadline_s=20.0):
-    """-> each sender's failures, and each receiver's error."""
+def copies_of(rank):
+    """Rollout ranks 0 and 1 get theirs from the trainer; 2 and 4 the same as 0, 3 the same as 1, when they are relayed to."""
+    return [replace(copy, dst_rank=rank) for copy in COPIES if copy.dst_rank == rank % 2]
+
+
+def run(sync_round, sinks, dtype=torch.float32, senders=(0, 1), deadline_s=20.0, relays=None):
+    """-> each sender's failures, and each receiver's error. `relays`: rank -> the rank behind."""
     params = [{name: torch.randn(shape).to(dtype) for name, shape in of_rank.items()} for of_rank in PARAMETERS]
     lost, errors = {}, {}
 
     def send(rank):
         mine = [copy for copy in COPIES if copy.src_rank == rank]
-        lost[rank] = send_all(folder, mine, params[rank], deadline_s)
+        lost[rank] = send_all(Meeting(sync_round), mine, params[rank], deadline_s=deadline_s)
 
     def receive(rank):
         try:
-            receive_all(folder, rank, [copy for copy in COPIES if copy.dst_rank == rank], sinks[rank], deadline_s)
+            behind = (relays or {}).get(rank)
+            receive_all(Meeting(sync_round), rank, copies_of(rank), sinks[rank], behind, deadline_s)
         except WeightSyncError as error:
             errors[rank] = str(error)
 
@@ -88,9 +100,10 @@ def run(folder, sinks, dtype=torch.float32, senders=(0, 1), deadline_s=20.0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_everything_arrives(folder, dtype):
-    sinks = {rank: Shards([c for c in COPIES if c.dst_rank == rank], dtype) for rank in (0, 1)}
-    params, lost, errors = run(folder, sinks, dtype)
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_everything_arrives(sync_round, dtype, kind):
+    sinks = {rank: Shards(copies_of(rank), dtype) for rank in (0, 1)}
+    params, lost, errors = run(replace(sync_round, transport=kind), sinks, dtype)
     assert lost == {0: {}, 1: {}} and errors == {}
     for copy in COPIES:
         found = sinks[copy.dst_rank].tensors[copy.dst_param][as_index(copy.dst_slice)]
@@ -99,7 +112,7 @@ def test_everything_arrives(folder, dtype):
     assert {rank: sink.num_written for rank, sink in sinks.items()} == sizes
 
 
-def test_wrong_bytes_are_named_on_both_sides_and_the_other_receiver_gets_its_own(folder):
+def test_wrong_bytes_are_named_on_both_sides_and_the_other_receiver_gets_its_own(sync_round):
     class Broken(Shards):
         def write(self, copy, values):
             place = super().write(copy, values)
@@ -108,13 +121,13 @@ def test_wrong_bytes_are_named_on_both_sides_and_the_other_receiver_gets_its_own
             return place
 
     sinks = {rank: (Broken if rank else Shards)([c for c in COPIES if c.dst_rank == rank], torch.float32) for rank in (0, 1)}
-    _, lost, errors = run(folder, sinks)
+    _, lost, errors = run(sync_round, sinks)
     assert set(errors) == {1} and "parameter y ((" in errors[1] and "from training rank 1: wrong bytes" in errors[1]
     assert "wrong bytes arrived" in lost[1][1] and 0 not in lost[0] and 0 not in lost[1]
     assert sinks[0].num_written == sum(prod(c.shape) for c in COPIES if c.dst_rank == 0)
 
 
-def test_a_receiver_that_dies_in_the_middle(folder):
+def test_a_receiver_that_dies_in_the_middle(sync_round):
     class Dying(Shards):
         def write(self, copy, values):
             if self.num_written > 500:
@@ -122,23 +135,23 @@ def test_a_receiver_that_dies_in_the_middle(folder):
             return super().write(copy, values)
 
     sinks = {rank: (Dying if rank else Shards)([c for c in COPIES if c.dst_rank == rank], torch.float32) for rank in (0, 1)}
-    _, lost, errors = run(folder, sinks)
-    assert set(errors) == {1} and any("rollout rank 1 went away" in why for of in lost.values() for why in of.values())
+    _, lost, errors = run(sync_round, sinks)
+    assert set(errors) == {1} and any("rollout rank 1 gave up: killed" in why for of in lost.values() for why in of.values())
     assert all(set(of) <= {1} for of in lost.values())
 
 
-def test_who_never_comes(folder):
+def test_who_never_comes(point, sync_round):
     """The driver says that it is over: a sender whose receiver died before the round, and receivers without a sender."""
-    (folder / ABORTED).touch()
-    _, lost, _ = run(folder, {})
+    point.over(sync_round)
+    _, lost, _ = run(sync_round, {})
     assert lost[0].keys() == lost[1].keys() == {0, 1} and "did not open its end" in lost[0][1]
     sinks = {0: Shards([c for c in COPIES if c.dst_rank == 0], torch.float32)}
-    _, _, errors = run(folder, sinks, senders=())
+    _, _, errors = run(sync_round, sinks, senders=())
     assert "training ranks [0, 1] did not send everything" in errors[0]
 
 
-def test_a_deadline(folder):
-    _, lost, _ = run(folder, {}, deadline_s=0.2)
+def test_a_deadline(sync_round):
+    _, lost, _ = run(sync_round, {}, deadline_s=0.2)
     assert "no answer from rollout rank 1" in lost[0][1]
 
 
@@ -177,10 +190,78 @@ def test_checksum_sees_the_values_not_where_they_lie(shape, dtype):
         assert checksum(changed.view(shape)) != checksum(tensor)
 
 
-def test_shared_folders_are_fresh():
-    a, b = shared_folder(), shared_folder()
-    try:
-        assert a != b and a.is_dir() and not list(a.iterdir())
-    finally:
-        a.rmdir()
-        b.rmdir()
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_engines_pass_on_what_they_get(sync_round, kind):
+    sinks = {rank: Shards(copies_of(rank), torch.float32) for rank in range(5)}
+    _, lost, errors = run(replace(sync_round, transport=kind), sinks, relays={0: 2, 2: 4, 1: 3})
+    assert lost == {0: {}, 1: {}} and errors == {}
+    for rank in (2, 3, 4):
+        assert sinks[rank].num_written == sinks[rank % 2].num_written > 0
+        for name, tensor in sinks[rank % 2].tensors.items():
+            assert torch.equal(sinks[rank].tensors[name], tensor) and tensor.any()
+
+
+def test_a_relay_says_who_wrote_wrong_bytes_and_who_is_behind_a_dead_one_learns_it(sync_round):
+    class Dying(Shards):
+        def write(self, copy, values):
+            if self.num_written > 300:
+                raise ConnectionResetError("killed")
+            return super().write(copy, values)
+
+    sinks = {rank: (Dying if rank == 2 else Shards)(copies_of(rank), torch.float32) for rank in (0, 2, 4, 1)}
+    _, lost, errors = run(sync_round, sinks, relays={0: 2, 2: 4})
+    assert lost == {0: {}, 1: {}} and set(errors) == {2, 4} and "did not send everything" in errors[4]
+    for rank in (0, 1):  # those before it are whole
+        assert sinks[rank].num_written == sum(prod(c.shape) for c in copies_of(rank))
+
+
+def test_groups_are_made_once_per_pair_and_anew_after_a_failure(point):
+    class Broken(Shards):
+        def write(self, copy, values):
+            place = super().write(copy, values)
+            return place + 1 if copy.dst_param == "y" else place
+
+    kinds = (Shards, Shards, Broken, Shards)
+    names = []
+    carriers._group_names.clear()
+    for kind in kinds:
+        run(replace(point.open(), transport="gloo"), {rank: kind(copies_of(rank), torch.float32) for rank in (0, 1)})
+        names.append(dict(carriers._group_names))
+    assert names[0] == names[1] and len(names[0]) == 4
+    changed = {pair[:2] for pair in names[0] if names[3].get(pair) != names[0][pair]}
+    assert (1, 1) in changed and (0, 0) not in changed
+
+
+def test_slots_of_all_streams_together_are_two_buckets():
+    assert carriers.slot_elements("gloo", 1, torch.float32) * 4 == 800
+    assert carriers.slot_elements("gloo", 2, torch.bfloat16) * 2 == 400
+    assert carriers.slot_elements("gloo", 5, torch.float32) * 4 == 400  # but no slot is too small to be worth its message
+    assert carriers.slot_elements("nccl", 4, torch.bfloat16) * 2 == carriers.GPU_BUCKET_BYTES // 4
+
+
+def test_a_transport_that_cannot_be_is_refused(sync_round):
+    with pytest.raises(ConfigError, match="allowed: auto, shared_memory"):
+        MeetingPoint(transport="carrier_pigeon")
+    sinks = {rank: Shards(copies_of(rank), torch.float32) for rank in (0, 1)}
+    _, lost, _ = run(replace(sync_round, transport="nccl"), sinks, deadline_s=0.5)
+    assert "rollout.weight_transport='nccl' cannot reach" in lost[0][0] and "shared_memory, gloo" in lost[0][0]
+
+
+def test_a_stranger_does_not_stop_a_round(sync_round):
+    """One who connects without the key is sent away; the senders are served."""
+    sinks = {rank: Shards(copies_of(rank), torch.float32) for rank in (0, 1)}
+    found = []
+
+    def knock():
+        meeting = Meeting(replace(sync_round, key="wrong"))
+        while (to := meeting.find(0)) is None:
+            pass
+        with pytest.raises((AuthenticationError, OSError, EOFError)):
+            meeting.connect(to)
+        found.append(to)
+
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    _, lost, errors = run(sync_round, sinks)
+    stranger.join(20)
+    assert found and lost == {0: {}, 1: {}} and errors == {}
