@@ -15,6 +15,7 @@ from megatron_agent.reaper import MARK_VARIABLE
 if TYPE_CHECKING:
     from megatron_agent.config import RunConfig
     from megatron_agent.data.images import ImageStore
+    from megatron_agent.training.layout import Layout
 
 log = logging.getLogger(__name__)
 DEVICES = "megatron_agent_devices"  # the placement group of a colocated run
@@ -56,7 +57,8 @@ def num_gpus() -> int:
 
 
 def gpu_shares(config: RunConfig, num_gpus: int) -> tuple[float, float]:
-    """GPUs of one trainer rank and of one engine; fractions when the two sides share them (colocated).
+    """GPUs of one rank of one of the trainer's models (policy, critic, teacher: they share devices) and of one engine;
+    fractions when the two sides share them too (colocated).
 
     Raises ConfigError when the degrees do not fit the GPUs that there are.
     """
@@ -65,9 +67,9 @@ def gpu_shares(config: RunConfig, num_gpus: int) -> tuple[float, float]:
     if num_gpus == 0:
         return 0.0, 0.0
     if num_gpus >= ranks + engines:
-        return 1.0, float(per_engine)
+        return 1.0 / config.num_models, float(per_engine)
     if num_gpus >= max(ranks, engines) and per_engine == 1:
-        return 0.5, 0.5
+        return 0.5 / config.num_models, 0.5
     raise ConfigError(
         f"the trainer needs {ranks} GPUs and the rollout engines {engines}, but there are {num_gpus}; lower "
         f"training.*_parallel, rollout.num_engines or rollout.tensor_parallel"
@@ -77,11 +79,11 @@ def gpu_shares(config: RunConfig, num_gpus: int) -> tuple[float, float]:
 def placements(config: RunConfig, share: float, count: int) -> list[dict[str, Any]]:
     """Ray options of `count` trainer ranks or engines that take `share` GPUs each.
 
-    Colocated (half a GPU each): rank i and engine i go into bundle i of one placement group that both sides know by name,
-    one device per bundle. Left to itself, Ray puts two halves of the same side on one device.
+    Shared devices: the ranks i of all models, and engine i if colocated, go into bundle i of one placement group that all
+    know by name, one device per bundle. Left to itself, Ray puts two shares of the same side on one device.
     Written to Ray's documentation and tried with pretended GPUs; never run on real ones.
     """
-    if share != 0.5:
+    if not 0 < share < 1:
         return [{"num_gpus": share}] * count
     from ray.util import get_placement_group, placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -89,7 +91,8 @@ def placements(config: RunConfig, share: float, count: int) -> list[dict[str, An
     try:
         devices = get_placement_group(DEVICES)
     except ValueError:  # the first of the two sides makes it
-        num_devices = max(config.training.layout.world_size, config.rollout.num_engines)
+        is_colocated = gpu_shares(config, num_gpus())[1] == 0.5
+        num_devices = max(config.training.layout.world_size, config.rollout.num_engines * is_colocated)
         devices = placement_group([{"GPU": 1, "CPU": 0}] * num_devices, strategy="PACK", name=DEVICES)
     return [
         {"num_gpus": share, "scheduling_strategy": PlacementGroupSchedulingStrategy(devices, placement_group_bundle_index=i)}
@@ -97,15 +100,15 @@ def placements(config: RunConfig, share: float, count: int) -> list[dict[str, An
     ]
 
 
-def start_workers(config: RunConfig, store: ImageStore) -> list[Any]:
-    """One Ray actor per Megatron rank, in rank order."""
+def start_workers(config: RunConfig, store: ImageStore, layout: Layout | None = None) -> list[Any]:
+    """One Ray actor per Megatron rank of one model, in rank order. `layout`: another of the same ranks than the policy's."""
     import ray
 
     from megatron_agent.training.worker import Worker
 
     share, _ = gpu_shares(config, num_gpus())
     remote = ray.remote(num_cpus=0)(Worker)
-    layout = config.training.layout
+    layout = layout or config.training.layout
     return [
         remote.options(**options).remote(rank, layout, store, config.training.num_cpu_threads)
         for rank, options in enumerate(placements(config, share, layout.world_size))

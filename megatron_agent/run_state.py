@@ -110,7 +110,7 @@ class Progress:
         if not saved:
             return  # a new run without a warm start
         folder = saved[-1]
-        await parts.actor.load(folder)
+        await parts.learner.load(folder)
         parts.weights.version = max(0, self.weight_version - 1)  # the sync that follows stamps the same version again
         if parts.data.train is not None and self.stream:
             parts.data.train.load_state(self.stream)
@@ -123,9 +123,9 @@ class Progress:
         there is one. Raises CheckpointError, also of the save before."""
         if self.is_updating:
             log.warning("step %d was cut in the middle: it is not in a checkpoint", self.step + 1)
-            return await parts.checkpoints.finish(parts.actor)
+            return await parts.checkpoints.finish(parts.learner)
         state = {name: value for name, value in vars(self).items() if name not in ("episodes", "is_updating")}
-        await parts.checkpoints.save(parts.actor, state, wait)
+        await parts.checkpoints.save(parts.learner, state, wait)
 
     async def keep_best(self, parts: Stages, metrics: dict[str, float]) -> None:
         """Save the last finished step if the evaluation of it was the best so far. `metrics`: by "heldout/accuracy" etc."""

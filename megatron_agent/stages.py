@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
 from megatron_agent import cluster, registry
-from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.checkpoints import Checkpoints
 from megatron_agent.config import RunConfig, to_dict
 from megatron_agent.data.dataset import DatasetReport, drop_long_prompts, read_tasks, training_stream
@@ -24,7 +23,10 @@ from megatron_agent.rollout.rollouts import Rollouts
 from megatron_agent.sync import WeightSync, transfer_plan
 from megatron_agent.training.actor import Actor
 from megatron_agent.training.checkpoint import weight_files
-from megatron_agent.types import Task
+from megatron_agent.training.critic import Critic
+from megatron_agent.training.learner import Learner
+from megatron_agent.training.samples import scored_samples
+from megatron_agent.types import Task, TrajectoryGroup
 
 log = logging.getLogger("megatron_agent")
 MIN_ANSWER_TOKENS = 16  # a prompt that leaves less room than this cannot be answered
@@ -51,6 +53,9 @@ def check(config: RunConfig) -> ModelFamily:
     family.check(config.training.layout, rollout.tensor_parallel, rollout.mm_encoder_tp_mode == "data")
     transfer_plan(config, family)  # layouts that do not meet are refused before anything is started
     weight_files(family.path)  # missing or damaged ones are found here, not by a rank that has been started
+    if (teacher := teacher_family(config)) is not None:
+        teacher.check(replace(config.training, stage_layers=[]).layout)
+        weight_files(teacher.path)
     return family
 
 
@@ -107,13 +112,13 @@ class Stages:
 
     config: RunConfig
     data: Data
-    actor: Actor
+    learner: Learner
     rollouts: Rollouts
-    algorithm: Algorithm
     weights: WeightSync
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.config)
+        self.actor, self.algorithm = self.learner.actor, self.learner.algorithm
 
     @property
     def weight_version(self) -> int:
@@ -125,22 +130,76 @@ class Stages:
         await self.weights.push(self.weights.version + 1)
         await self.actor.to_host()
 
+    async def sample_groups(self, step: int) -> tuple[list[TrajectoryGroup], list[TrajectoryGroup]]:
+        """`training.prompts_per_step` groups to train on -> (those, what the algorithm refused).
+
+        Tasks are drawn until the step is full, `max_sampling_rounds` times at most.
+        """
+        stream, algorithm = self.data.train, self.algorithm
+        assert stream is not None
+        kept: list[TrajectoryGroup] = []
+        refused: list[TrajectoryGroup] = []
+        for _ in range(algorithm.max_sampling_rounds):
+            missing = self.config.training.prompts_per_step - len(kept)
+            if not missing:
+                break
+            for group in await self._sample(stream.next(self.rollouts.num_wanted(missing)), step, missing):
+                (kept if algorithm.keep_group(scored_samples([group])) else refused).append(group)
+        return kept, refused
+
+    async def _sample(self, tasks: list[Task], step: int, num_groups: int) -> list[TrajectoryGroup]:
+        groups = await self.rollouts.sample(tasks, step, num_groups)
+        if not self.algorithm.needs_greedy:
+            return groups
+        greedy = await self.rollouts.greedy([group.task for group in groups])
+        return [replace(group, greedy=one) for group, one in zip(groups, greedy, strict=True)]
+
+
+def make_learner(config: RunConfig, store: ImageStore, banned_token_ids: tuple[int, ...] = ()) -> Learner:
+    """The policy's ranks and, where the algorithm needs them, a critic's and a teacher's; not set up yet."""
+    training = config.training
+    algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
+    workers = cluster.start_workers(config, store)
+    learner = Learner(Actor(workers, training, banned_token_ids=banned_token_ids), algorithm)
+    if algorithm.needs_critic:
+        learner.critic = Critic(cluster.start_workers(config, store), training)
+    if (family := teacher_family(config)) is not None:
+        its_training = replace(training, stage_layers=[])
+        its_training.layout = family.balanced(its_training.layout)
+        workers = cluster.start_workers(config, store, its_training.layout)
+        learner.teacher = Actor(workers, its_training, "all", banned_token_ids)
+    return learner
+
+
+def teacher_family(config: RunConfig) -> ModelFamily | None:
+    path = registry.resolve("algorithms", config.algorithm_name)(config.algorithm).teacher_path
+    return registry.resolve("models", config.model.family)(path) if path else None
+
+
+async def set_up(config: RunConfig, learner: Learner) -> None:
+    """All of its models, from their Hugging Face folders."""
+    name, seed, vision = config.model.family, config.seed, config.vision
+    await learner.actor.set_up(name, config.model.path, seed, vision)
+    if learner.critic is not None:
+        await learner.critic.set_up(name, config.model.path, seed, vision)
+    if learner.teacher is not None:
+        await learner.teacher.set_up(name, learner.algorithm.teacher_path, seed, vision)
+
 
 def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore) -> tuple[Stages, list[asyncio.Task]]:
     """Start trainer ranks and engines -> the stages, and what is still under way: [trainer ready, engines ready].
 
     The engines take longer; a warm start may run meanwhile.
     """
-    actor = Actor(cluster.start_workers(config, store), config.training)
+    renderer = family.renderer(config.agent.vl_model_path or config.model.path)
+    banned = tuple(sorted(renderer.reserved_ids)) if config.rollout.ban_special_tokens else ()
+    learner = make_learner(config, store, banned)
     restart = functools.partial(cluster.start_engine, config, store)
     pool = EnginePool(cluster.start_engines(config, store), restart, config.rollout.max_restarts)
-    renderer = family.renderer(config.agent.vl_model_path or config.model.path)
     reward = registry.resolve("rewards", config.reward_name)(config.reward)
-    algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
     rollouts = Rollouts(pool, renderer, store, reward, config.agent, config.rollout, config.env, config.seed)
-    stages = Stages(config, data, actor, rollouts, algorithm, WeightSync(config, family, actor, pool))
-    trainer = actor.set_up(config.model.family, config.model.path, config.seed, config.vision)
-    return stages, [asyncio.create_task(trainer), asyncio.create_task(pool.started())]
+    stages = Stages(config, data, learner, rollouts, WeightSync(config, family, learner.actor, pool))
+    return stages, [asyncio.create_task(set_up(config, learner)), asyncio.create_task(pool.started())]
 
 
 def record_config(config: RunConfig) -> None:

@@ -22,7 +22,7 @@ from megatron_agent.rollout.collect import rollout_metrics
 from megatron_agent.run_state import Progress, StopSignal, keep_old_run
 from megatron_agent.sft import warm_start
 from megatron_agent.stages import Data, Stages
-from megatron_agent.training.samples import to_samples
+from megatron_agent.training.samples import scored_samples
 
 
 async def train(config: RunConfig) -> Progress:
@@ -49,17 +49,20 @@ async def train(config: RunConfig) -> Progress:
                 for step in range(progress.step + 1, config.training.num_steps + 1):
                     with progress.timed("seconds_train"):
                         await one_step(parts, progress, step, boards, stop)
-                        await parts.checkpoints.check(parts.actor)
+                        await parts.checkpoints.check(parts.learner)
                         if is_due(step, config.checkpoint.every_steps):
                             await progress.save(parts)
                     if is_due(step, config.evaluation.every_steps) and step < config.training.num_steps:
                         await evaluate_all(parts, progress, "between", boards, stop)
+                await parts.rollouts.close()
                 await progress.save(parts)
                 await evaluate_all(parts, progress, "after", boards, stop)
             except (StopRequested, EngineError):  # the trainer is whole
                 await progress.save(parts, wait=True)
                 raise
-            await parts.checkpoints.finish(parts.actor)
+            finally:  # episodes that were carried over, while there is still a Ray to cancel them in
+                await parts.rollouts.close()
+            await parts.checkpoints.finish(parts.learner)
             write_report(config, progress, store)
             boards.note(f"done: {config.folder}/summary.json, curves.png, trajectories.html")
         return progress
@@ -78,6 +81,9 @@ async def get_ready(
         with progress.timed("seconds_train"):
             await stop.or_done(warm_start(parts, boards), "warm start", boards, beside=engines_ready)
     await parts.actor.reset_optimizer(config.training.lr, config.training.clip_grad)
+    if data.warmup and parts.learner.needs_start:
+        await parts.checkpoints.save_start(parts.actor)
+    await parts.learner.begin(parts.checkpoints.start)
     if data.warmup:
         await progress.save(parts, wait=True)  # the engines are still starting
     else:
@@ -95,27 +101,25 @@ def is_due(step: int, every_steps: int) -> bool:
 async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards, stop: StopSignal) -> None:
     """Rollouts may be cut short by a stop signal; update and sync finish, so that weights and progress agree."""
     config, timer = parts.config, Timer()
-    assert parts.data.train is not None
-    tasks = parts.data.train.next(config.training.prompts_per_step)
     with timer.phase("step"):
         with timer.phase("rollout"):
-            groups = await stop.or_done(parts.rollouts.sample(tasks, step), f"step {step}: rollouts", boards)
-        samples = to_samples(groups, parts.algorithm)
+            groups, refused = await stop.or_done(parts.sample_groups(step), f"step {step}: rollouts", boards)
+        samples = scored_samples(groups, parts.weight_version)
         async with parts.weights.lock:
             with timer.phase("train"):
                 boards.status(f"step {step}: update on {len(samples)} rows")
-                lr = config.training.lr_at(step)
                 progress.is_updating = True
-                metrics = await parts.actor.update(
-                    samples, parts.algorithm, lr, config.training.minibatches_per_step, config.rollout.temperature
+                metrics = await parts.learner.update(
+                    samples, step, config.training.minibatches_per_step, config.rollout.temperature
                 )
             with timer.phase("sync"):
-                if samples:
+                if metrics:
                     await parts.sync_weights()
                 else:
                     boards.note(f"step {step}: no trajectory could be scored; nothing was learned")
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    metrics |= rollout_metrics(groups) | timer.metrics() | {"weight_version": float(parts.weight_version)}
+    metrics |= {"groups_refused": float(len(refused))} if refused else {}
+    metrics |= rollout_metrics([*groups, *refused]) | timer.metrics() | {"weight_version": float(parts.weight_version)}
     generated = sum(trajectory.num_response_tokens for trajectory in trajectories)
     metrics["tokens_per_s"] = (generated + metrics.get("train_tokens", 0.0)) / timer.seconds["step"]
     progress.finish_step(step, parts, len(trajectories))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Box: TypeAlias = tuple[int, int, int, int]  # (left, top, right, bottom), right and bottom exclusive
+BANNED_LOGIT_BIAS = -100.0  # on a banned token's logit, here and in vLLM (its largest bias): e^-100 is never sampled
 Message: TypeAlias = dict[str, object]  # one chat message as Hugging Face's chat templates take it
 
 
@@ -62,6 +64,17 @@ class Status(str, enum.Enum):
     LENGTH = "length"  # the last turn hit single_response_max_tokens
     EMITTED_PLACEHOLDER = "emitted_placeholder"  # the model wrote an image placeholder itself
     ABORTED = "aborted"
+    ENGINE_LOST = "engine_lost"  # engines kept dying under it, or could not carry out its request
+    UNSCORED = "unscored"  # it came to an end, and then could not be judged
+
+
+class LossUse(str, enum.Enum):
+    """What becomes of a scored trajectory in the loss; which end means what is the run's choice (agent.on_status)."""
+
+    KEEP = "keep"  # trained on as scored
+    MASK = "mask"  # its reward counts in its group's baseline, its tokens in no loss
+    PENALISE = "penalise"  # as keep, its reward lowered by agent.status_penalty
+    DROP = "drop"  # left out of its group altogether
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,7 @@ class Trajectory:
     status: Status = Status.ABORTED
     reward: RewardParts | Unscored | None = None
     seconds: float = 0.0
+    loss_use: LossUse = LossUse.KEEP
 
     @property
     def token_ids(self) -> list[int]:
@@ -166,6 +180,7 @@ class TrajectoryGroup:
 
     task: Task
     trajectories: list[Trajectory]
+    greedy: Trajectory | None = None  # at temperature 0, for algorithms that compare with it (ReMax); not trained on
 
 
 @dataclass
@@ -181,11 +196,15 @@ class TrainSample:
     advantages_T: list[float]
     images: list[ImageRef]
     group_id: str = ""
-    reward: float = 0.0
+    reward: float = 0.0  # outcome and process rewards of the whole trajectory
     has_image_before_T: list[bool] = field(default_factory=list)  # is there a picture from a tool before token t
     old_logprobs_T: list[float] | None = None  # the trainer's own, before the update; None: this update's forward pass
     values_T: list[float] | None = None  # a critic's estimates, before the update
     returns_T: list[float] | None = None  # what they should have been
+    process_rewards_T: list[float] = field(default_factory=list)  # at the last token of each turn; empty: none
+    baseline_reward: float | None = None  # of the greedy trajectory of the same task
+    reference_logprobs_T: list[float] | None = None  # a reference policy's or a teacher's
+    lag_T: list[int] = field(default_factory=list)  # weight versions between sampling and training; empty: 0 everywhere
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids_T), len(self.action_mask_T), len(self.rollout_logprobs_T), len(self.advantages_T)}
@@ -227,11 +246,37 @@ class MicroBatch:
     sample_ids: list[int] = field(default_factory=list)  # indices of the samples in the step's list
     old_values_R: torch.Tensor | None = None  # float32 [R], of a critic
     returns_R: torch.Tensor | None = None  # float32 [R]
+    reference_logprobs_R: torch.Tensor | None = None  # float32 [R]
+    lag_R: torch.Tensor | None = None  # int64 [R]
+    reference: ReferenceHead | None = None  # for the divergence over the whole vocabulary
+    wants_hidden: bool = False  # the last stage gives the targets' hidden states [R, h] in place of log-probs
     temperature: float = 1.0  # at which the targets were sampled: log-probs are of that distribution
+    banned_token_ids: tuple[int, ...] = ()  # under the ban of these (BANNED_LOGIT_BIAS)
 
     @property
     def num_tokens(self) -> int:
         return int(self.token_ids_T.shape[0])
+
+
+@dataclass(frozen=True)
+class ReferenceHead:
+    """What a reference policy made of the same targets, one multiplication before its logits."""
+
+    hidden_Rh: torch.Tensor
+    weight: torch.Tensor  # this rank's shard of the vocabulary head [V_padded / tp, h]
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """What the losses of one mini-batch are divided by: over all ranks and micro-batches."""
+
+    num_tokens: int  # action tokens
+    num_sequences: int  # rows that have some
+
+    @staticmethod
+    def of(samples: Sequence[TrainSample]) -> BatchSize:
+        counts = [sample.num_action_tokens for sample in samples]
+        return BatchSize(sum(counts), sum(count > 0 for count in counts))
 
 
 @dataclass
@@ -244,8 +289,11 @@ class LossInputs:
     advantages_R: torch.Tensor
     sample_index_R: torch.Tensor
     num_samples: int
-    entropy_R: torch.Tensor | None = None
-    context_group: torch.distributed.ProcessGroup | None = None
+    entropy_R: torch.Tensor | None = None  # with gradient
+    reference_logprobs_R: torch.Tensor | None = None
+    full_kl_R: torch.Tensor | None = None  # KL(policy || reference) over the whole vocabulary, with gradient
+    lag_R: torch.Tensor | None = None  # weight versions between sampling and training
+    sum_over_context: Callable[[torch.Tensor], torch.Tensor] | None = None  # differentiable, over context-parallel ranks
 
     def sum_over_sequence(self, values_R: torch.Tensor) -> torch.Tensor:
         """Sum of `values_R` over the action tokens of each sample -> [num_samples], over all context-parallel ranks.
@@ -253,11 +301,15 @@ class LossInputs:
         Sequence-level losses use nothing else, and so need to know nothing of context parallelism.
         """
         sums = values_R.new_zeros(self.num_samples).index_add(0, self.sample_index_R, values_R)
-        if self.context_group is None or self.context_group.size() == 1:
-            return sums
-        from torch.distributed.nn.functional import all_reduce
+        return sums if self.sum_over_context is None else self.sum_over_context(sums)
 
-        return all_reduce(sums, group=self.context_group)
+    def mean_over_sequence(self, values_R: torch.Tensor) -> torch.Tensor:
+        """[num_samples]; 0 for a sample without action tokens."""
+        return self.sum_over_sequence(values_R) / self.sequence_lengths().clamp(min=1)
+
+    def sequence_lengths(self) -> torch.Tensor:
+        """Action tokens of each sample, float [num_samples], over all context-parallel ranks."""
+        return self.sum_over_sequence(self.logprobs_R.new_ones(self.logprobs_R.shape))
 
 
 @dataclass

@@ -22,8 +22,9 @@ from _parity_ranks import RankError, family_of, pixels
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 from megatron_agent.training.actor import interleavable
 from megatron_agent.training.layout import Layout
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
 from megatron_agent.training.packing import padded_length, plan_microbatches
-from megatron_agent.types import ImageRef, TrainSample
+from megatron_agent.types import BatchSize, ImageRef, TrainSample
 
 LR, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.01, 1.0
 Picture = tuple[int, int]  # (width, height) in px
@@ -217,8 +218,8 @@ class Trainer:
     def __init__(self, path: Path, layout: Layout, samples: list[TrainSample]) -> None:
         from megatron_agent.training.megatron import MegatronModel
 
-        self.model, self.samples = MegatronModel(family_of(path), layout, "float32", seed=0), samples
-        self.model.reset_optimizer(LR, WEIGHT_DECAY, BETAS, CLIP)
+        self.model, self.samples = MegatronModel(family_of(path), layout, ModelOptions("float32")), samples
+        self.model.reset_optimizer(OptimizerOptions(LR, WEIGHT_DECAY, BETAS, CLIP))
         self.num_tokens = sum(sample.num_action_tokens for sample in samples)
 
     def plan(self, budget_tokens: int, min_microbatches: int = 1) -> list[list[int]]:
@@ -232,7 +233,7 @@ class Trainer:
         from megatron_agent.training.loss import Supervised
 
         start = time.perf_counter()
-        stats, _ = self.model.update(self.samples, plan, pixels, Supervised(), self.num_tokens, LR, 1.0)
+        stats, _ = self.model.update(self.samples, plan, pixels, Supervised(), BatchSize.of(self.samples), LR, 1.0)
         return Step(time.perf_counter() - start, stats.sums.get("loss", 0.0) / self.num_tokens), stats
 
     def loss(self, layout: Layout, budget_tokens: int) -> float:

@@ -22,7 +22,8 @@ from megatron_agent.training.actor import TrainingConfig
 from megatron_agent.training.dist_checkpoint import checkpoint_table, shapes_of
 from megatron_agent.training.hf_export import read_family
 from megatron_agent.training.layout import Layout
-from megatron_agent.types import TrainSample
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
+from megatron_agent.types import BatchSize, TrainSample
 
 LAYOUTS = {
     "tp2": Layout(tensor_parallel=2),
@@ -82,8 +83,8 @@ class Rank:
         from megatron_agent.training.packing import plan_microbatches
         from megatron_agent.training.snapshot import Saver
 
-        self.model = MegatronModel(Qwen2_5_VL(path), layout, "float32", seed=0)
-        self.model.reset_optimizer(1e-3, 0.01, (0.9, 0.95), 1.0)
+        self.model = MegatronModel(Qwen2_5_VL(path), layout, ModelOptions("float32"))
+        self.model.reset_optimizer(OptimizerOptions(1e-3, 0.01, (0.9, 0.95), 1.0))
         self.saver = Saver(self.model)
         self.samples = make_samples(num_rows, num_tokens)
         fewest = 1 if layout.pipeline_parallel == 1 else layout.pipeline_parallel
@@ -95,8 +96,7 @@ class Rank:
         from megatron_agent.training.loss import Supervised
 
         began_s = time.perf_counter()
-        tokens = sum(sample.num_action_tokens for sample in self.samples)
-        self.model.update(self.samples, self.plan, lambda ref: None, Supervised(), tokens, 1e-3, 1.0)
+        self.model.update(self.samples, self.plan, lambda ref: None, Supervised(), BatchSize.of(self.samples), 1e-3, 1.0)
         return time.perf_counter() - began_s
 
     def save(self, folder: Path) -> float:

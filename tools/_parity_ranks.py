@@ -29,8 +29,9 @@ from megatron_agent.models.qwen2 import Qwen2
 from megatron_agent.training.actor import interleavable
 from megatron_agent.training.hf_export import read_family
 from megatron_agent.training.layout import Layout
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
 from megatron_agent.training.packing import padded_length, plan_microbatches
-from megatron_agent.types import ImageRef, TrainSample
+from megatron_agent.types import BatchSize, ImageRef, TrainSample
 
 LR, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.01, 1.0
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # real models take minutes a step on CPU; a rank that dies is seen at once
@@ -193,21 +194,21 @@ def run_megatron(
     from megatron_agent.training.megatron import MegatronModel
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // layout.world_size))
-    model = MegatronModel(family_of(path), layout, "float32", seed=0)
+    model = MegatronModel(family_of(path), layout, ModelOptions("float32"))
     plan = make_plan(samples, layout, packed)[model.at.data]
-    num_tokens = sum(sample.num_action_tokens for sample in samples)
 
     def update(lr: float) -> float:
-        stats, _ = model.update(samples, plan, pixels, Supervised(), num_tokens, lr, 1.0)
+        stats, _ = model.update(samples, plan, pixels, Supervised(), BatchSize.of(samples), lr, 1.0)
         return stats.sums.get("loss", 0.0) if model.is_reporter else 0.0
 
     logprobs, _ = model.logprobs(samples, plan, pixels, 1.0)
-    model.reset_optimizer(0.0, 0.0, BETAS, 0.0)  # a step of length 0, unclipped: the gradients stay as they were summed
+    # A step of length 0, unclipped: the gradients stay as they were summed.
+    model.reset_optimizer(OptimizerOptions(0.0, 0.0, BETAS, 0.0))
     update(0.0)
     for chunk in model.ddp:
         gather_gradients(chunk)
     errors = gradient_errors(model, gradient_file) if model.at.data == model.at.context == 0 else {}
-    model.reset_optimizer(LR, WEIGHT_DECAY, BETAS, CLIP)
+    model.reset_optimizer(OptimizerOptions(LR, WEIGHT_DECAY, BETAS, CLIP))
     loss_sums = [update(LR) for _ in range(adam_steps)]
     last, _ = model.logprobs(samples, plan, pixels, 1.0) if adam_steps else (logprobs, None)
     return RankResult(logprobs, last, loss_sums, errors, len(plan))

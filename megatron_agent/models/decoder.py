@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_agent.models.attention import context_index, context_parallel_attention, packed_attention
 from megatron_agent.models.base import StageSpec
-from megatron_agent.models.head import ValueHead, VocabularyShard, target_logprobs
+from megatron_agent.models.head import ValueHead, VocabularyShard, divergence, target_logprobs
 from megatron_agent.types import MicroBatch
 
 
@@ -84,7 +84,8 @@ class DecoderConfig:
 
 class DecoderStage(MegatronModule):
     """One pipeline stage. forward(batch) -> hidden states [T, 1, h]; on the last stage, of the targets only (a prompt's
-    and an observation's positions never meet the head): log-probs and entropy fp32 [2, R], or a critic's values [R]."""
+    and an observation's positions never meet the head): log-probs and entropy fp32 [2, R] (a reference's divergence
+    besides: [3, R]), or a critic's values [R]."""
 
     def __init__(
         self,
@@ -151,14 +152,21 @@ class DecoderStage(MegatronModule):
     def _head(self, hidden_Rh: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         if self.options.head == "value":
             return self.value_head(hidden_Rh)
+        if batch.wants_hidden:
+            return hidden_Rh
         group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
-        shard = VocabularyShard(self.options.vocab_size, rank, group)
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.language.output_layer.weight
-        )
-        return torch.stack(target_logprobs(hidden_Rh, weight, batch.target_ids_R, shard, batch.temperature))
+        shard = VocabularyShard(self.options.vocab_size, rank, group, banned_token_ids=batch.banned_token_ids)
+        weight = self.output_weight()
+        found = [*target_logprobs(hidden_Rh, weight, batch.target_ids_R, shard, batch.temperature)]
+        if batch.reference is not None:
+            found.append(divergence(hidden_Rh, weight, batch.reference, shard, batch.temperature))
+        return torch.stack(found)
+
+    def output_weight(self) -> torch.Tensor:
+        """This rank's shard of the vocabulary head, on the last stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.language.output_layer.weight
 
     def _context_index(self, batch: MicroBatch) -> torch.Tensor | None:
         """Which tokens of the row this rank holds; None: all."""

@@ -12,22 +12,29 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_agent.types import BANNED_LOGIT_BIAS, ReferenceHead
+
 CHUNK_BYTES = 256 << 20  # of fp32 logits at a time
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Which columns of the vocabulary this rank's `weight` [V_padded / tp, h] holds; padding takes no probability."""
+    """Which columns of the vocabulary this rank's `weight` [V_padded / tp, h] holds; padding takes no probability, and
+    `banned_token_ids` what sampling leaves them."""
 
     vocab_size: int
     rank: int
     group: dist.ProcessGroup
     chunk_bytes: int = CHUNK_BYTES
+    banned_token_ids: tuple[int, ...] = ()
 
     def logits(self, hidden_Ch: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
         """fp32 [C, V_padded / tp], divided by the sampling temperature."""
-        logits = (hidden_Ch @ weight.t()).float().div_(temperature)
-        first_padding = self.vocab_size - self.rank * len(weight)
+        logits, first = (hidden_Ch @ weight.t()).float(), self.rank * len(weight)
+        if banned := [token_id - first for token_id in self.banned_token_ids if first <= token_id < first + len(weight)]:
+            logits[:, banned] += BANNED_LOGIT_BIAS
+        logits.div_(temperature)
+        first_padding = self.vocab_size - first
         if first_padding < len(weight):
             logits[:, max(0, first_padding) :] = -1e30  # finite: 0 * -inf would be NaN in the entropy
         return logits
@@ -101,6 +108,59 @@ def target_logprobs(
     `temperature` is the sampling temperature: log-probs are of the distribution that was sampled from.
     """
     return _TargetLogProbs.apply(hidden_Rh, weight, targets_R, shard, temperature)
+
+
+class _Divergence(torch.autograd.Function):
+    """forward keeps three numbers a row; backward computes the logits of a chunk again, of both policies."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, reference: ReferenceHead, shard: VocabularyShard, temperature: float):
+        rows = []
+        for part in shard.chunks(len(hidden), len(weight)):
+            logits = shard.logits(hidden[part], weight, temperature)
+            others = shard.logits(reference.hidden_Rh[part], reference.weight, temperature)
+            normaliser, other_normaliser = _normaliser(logits, shard), _normaliser(others, shard)
+            log_ratio = logits - normaliser[:, None] - (others - other_normaliser[:, None])
+            kl = ((logits - normaliser[:, None]).exp() * log_ratio).sum(-1)
+            dist.all_reduce(kl, group=shard.group)
+            rows.append(torch.stack([kl, normaliser, other_normaliser]))
+        saved = torch.cat(rows, dim=1) if rows else hidden.new_zeros(3, 0, dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, reference.hidden_Rh, reference.weight, saved)
+        ctx.shard, ctx.temperature = shard, temperature
+        return saved[0].clone()
+
+    @staticmethod
+    def backward(ctx, grad_kl):
+        hidden, weight, other_hidden, other_weight, saved = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for part in ctx.shard.chunks(len(hidden), len(weight)):
+            kl, normaliser, other_normaliser = saved[:, part, None]
+            logprobs = ctx.shard.logits(hidden[part], weight, ctx.temperature).sub_(normaliser)
+            log_ratio = logprobs - ctx.shard.logits(other_hidden[part], other_weight, ctx.temperature).sub_(other_normaliser)
+            # d KL / d logit_j = p_j (log p_j - log q_j - KL)
+            grad = log_ratio.sub_(kl).mul_(logprobs.exp_()).mul_(grad_kl[part, None] / ctx.temperature).to(weight.dtype)
+            grad_hidden[part] = (grad @ weight).float()
+            if grad_weight is not None:
+                grad_weight += (grad.t() @ hidden[part]).float()
+        dist.all_reduce(grad_hidden, group=ctx.shard.group)
+        return grad_hidden.to(hidden.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _normaliser(logits: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+    """log of the sum of exponents over all ranks' columns, fp32 [C]."""
+    peak = logits.max(-1).values
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=shard.group)
+    total = (logits - peak[:, None]).exp_().sum(-1)
+    dist.all_reduce(total, group=shard.group)
+    return peak + total.log_()
+
+
+def divergence(
+    hidden_Rh: torch.Tensor, weight: torch.Tensor, reference: ReferenceHead, shard: VocabularyShard, temperature: float = 1.0
+) -> torch.Tensor:
+    """KL(policy || reference) over the whole vocabulary at every target, fp32 [R], differentiable."""
+    return _Divergence.apply(hidden_Rh, weight, reference, shard, temperature)
 
 
 class ValueHead(torch.nn.Module):

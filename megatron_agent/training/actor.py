@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import ConfigError, TrainingError, cause_of
 from megatron_agent.training.layout import Layout
-from megatron_agent.types import ShardCopy, SyncRound, TrainSample
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
+from megatron_agent.types import BatchSize, ShardCopy, SyncRound, TrainSample
 
 if TYPE_CHECKING:
     from megatron_agent.algorithms.base import Algorithm
@@ -111,36 +112,31 @@ class Actor:
     """Handles of the ranks' Ray actors, in rank order. Every method is a collective over all of them.
 
     waits for: all ranks; the first that fails fails the call, and the others may hang in a collective: the caller stops
-    the run. Raises TrainingError naming the rank.
+    the run. Raises TrainingError naming the rank. Log-probs are taken as if `banned_token_ids` were banned, as in sampling.
     """
 
     head = "policy"
 
-    def __init__(self, workers: Sequence[Any], config: TrainingConfig) -> None:
+    def __init__(
+        self, workers: Sequence[Any], config: TrainingConfig, frozen: str = "", banned_token_ids: tuple[int, ...] = ()
+    ) -> None:
+        """`frozen` in place of `config.frozen`: "all" for a model that is only asked for log-probs."""
         self.workers, self.config, self.layout = list(workers), config, config.layout
+        self.frozen, self.banned_token_ids = frozen, banned_token_ids
 
     async def set_up(self, family: str, model_path: str, seed: int, vision: VisionSection) -> None:
         address = await self.workers[0].address.remote()
-        options = {
-            "dtype": self.config.dtype,
-            "seed": seed,
-            "head": self.head,
-            "recompute": self.config.recompute,
-            "frozen": self.config.frozen,
-            "replicate_vision": vision.replicate,
-        }
+        frozen = self.frozen or self.config.frozen
+        options = ModelOptions(
+            self.config.dtype, seed, self.config.recompute, self.head, frozen, vision.replicate, self.banned_token_ids
+        )
         self.vision_lr_scale = vision.lr / self.config.lr if vision.lr else 1.0
         await self._all("set_up", address, family, model_path, options, self.config.offload)
 
     async def reset_optimizer(self, lr: float, clip_grad: float) -> None:
-        options = {
-            "lr": lr,
-            "weight_decay": self.config.weight_decay,
-            "betas": tuple(self.config.betas),
-            "clip_grad": clip_grad,
-            "vision_lr_scale": self.vision_lr_scale,
-        }
-        await self._all("reset_optimizer", **options)
+        first, second = self.config.betas
+        options = OptimizerOptions(lr, self.config.weight_decay, (first, second), clip_grad, self.vision_lr_scale)
+        await self._all("reset_optimizer", options)
 
     async def update(
         self, samples: list[TrainSample], algorithm: Algorithm, lr: float, num_minibatches: int = 1, temperature: float = 1.0
@@ -148,17 +144,19 @@ class Actor:
         """`num_minibatches` optimizer steps over the samples, whole groups kept in one -> metrics of the step.
 
         With one mini-batch the ratio's old log-probs are those of the update's own forward pass (it is 1, exactly);
-        with more they are computed first, under the weights before the first. `temperature` is the one that was sampled
-        at: log-probs are of that distribution. No samples: nothing happens.
+        with more they are computed first, under the weights before the first, unless the samples have them.
+        `temperature` is the one that was sampled at: log-probs are of that distribution. No samples: nothing happens.
+        "first/...": of the first mini-batch, where ratios are 1 and nothing is clipped.
         """
         if not samples:
             return {}
         await self.to_device()
         gap: LossStats | None = None
-        if num_minibatches > 1:
-            gap = await self._fill_old_logprobs(samples, temperature)
-        total, grad_norm = await self._take_steps(samples, algorithm, lr, num_minibatches, temperature)
+        if num_minibatches > 1 and any(sample.old_logprobs_T is None for sample in samples):
+            gap = await self.fill_old_logprobs(samples, temperature)
+        total, grad_norm, first = await self._take_steps(samples, algorithm, lr, num_minibatches, temperature)
         metrics = total.means()
+        metrics |= {f"first/{name}": first[name] for name in ("ratio_deviation_max", "clip_fraction") if name in first}
         if gap is not None:
             metrics |= gap.means()
         num_tokens = sum(sample.num_tokens for sample in samples)
@@ -171,21 +169,22 @@ class Actor:
         lr: float,
         num_minibatches: int,
         temperature: float,
-    ) -> tuple[LossStats, float]:
-        """-> statistics of all action tokens, mean gradient norm of the steps."""
+    ) -> tuple[LossStats, float, dict[str, float]]:
+        """-> statistics of all action tokens, mean gradient norm of the steps, means of the first step."""
         import ray
 
         from megatron_agent.training.loss import LossStats
 
         total, norms = LossStats(), []
+        first: dict[str, float] = {}
         for part in minibatches(samples, num_minibatches):
             plan = self._plan(part)
-            tokens = sum(sample.num_action_tokens for sample in part)
-            results = await self._all("update", ray.put(part), plan, algorithm, tokens, lr, temperature)
+            results = await self._all("update", ray.put(part), plan, algorithm, BatchSize.of(part), lr, temperature)
             for stats, _ in results:
                 total.merge(stats)
             norms.append(results[0][1])
-        return total, sum(norms) / len(norms)
+            first = first or total.means()
+        return total, sum(norms) / len(norms), first
 
     async def to_device(self) -> None:
         """What is offloaded comes back, for several calls that need it (each fetches what it needs itself)."""
@@ -197,20 +196,37 @@ class Actor:
         if self.config.offload != "none":
             await self._all("to_host")
 
-    async def _fill_old_logprobs(self, samples: list[TrainSample], temperature: float) -> LossStats:
+    async def keep_reference(self, folder: Path | None = None) -> None:
+        """From now on the reference is the policy as it is, or with the weights saved in `folder`, which it then has."""
+        await self._all("keep_reference", None if folder is None else str(folder.absolute()))
+
+    async def load_weights(self, folder: Path) -> None:
+        """Of a policy's training checkpoint, without its optimizer."""
+        await self._all("load_weights", str(folder.absolute()))
+
+    async def fill_old_logprobs(self, samples: list[TrainSample], temperature: float) -> LossStats:
+        """`old_logprobs_T` of every sample -> how far they are from the engine's."""
         found, gap = await self._per_token(samples, temperature)
         for index, logprobs_T in found.items():
             samples[index].old_logprobs_T = logprobs_T
         return gap
 
-    async def _per_token(self, samples: list[TrainSample], temperature: float) -> tuple[dict[int, list[float]], LossStats]:
+    async def fill_reference_logprobs(self, samples: list[TrainSample], temperature: float, own: bool) -> None:
+        """`reference_logprobs_T` of every sample: of the weights that are (a teacher's), or of those kept (`own`)."""
+        found, _ = await self._per_token(samples, temperature, "reference_logprobs" if own else "logprobs")
+        for index, logprobs_T in found.items():
+            samples[index].reference_logprobs_T = logprobs_T
+
+    async def _per_token(
+        self, samples: list[TrainSample], temperature: float, method: str = "logprobs"
+    ) -> tuple[dict[int, list[float]], LossStats]:
         """Sample index -> what the model says of each action token, 0 elsewhere [T]; and the ranks' statistics."""
         import ray
 
         from megatron_agent.training.loss import LossStats
 
         stats, rows = LossStats(), {}
-        for found, of_rank in await self._all("logprobs", ray.put(samples), self._plan(samples), temperature):
+        for found, of_rank in await self._all(method, ray.put(samples), self._plan(samples), temperature):
             stats.merge(of_rank)
             for index, values in found.items():
                 of_actions = iter(values)
@@ -254,8 +270,8 @@ class Actor:
     async def load(self, folder: Path) -> None:
         await self._all("load", str(folder.absolute()))
 
-    async def _all(self, method: str, *arguments: Any, **options: Any) -> list[Any]:
-        calls = [getattr(worker, method).remote(*arguments, **options) for worker in self.workers]
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
         return list(await asyncio.gather(*(self._one(rank, call) for rank, call in enumerate(calls))))
 
     async def _one(self, rank: int, call: Awaitable[Any]) -> Any:

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_agent.errors import ConfigError
-from megatron_agent.training.actor import Actor, VisionSection
+from megatron_agent.training.actor import Actor
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from megatron_agent.training.loss import LossStats
-    from megatron_agent.types import MicroBatch, TrainSample
+    from megatron_agent.types import BatchSize, MicroBatch, TrainSample
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class ValueObjective:
         if self.clip < 0:
             raise ConfigError(f"critic's value clip={self.clip} must be 0 (off) or more")
 
-    def loss(self, values_R: torch.Tensor, batch: MicroBatch, num_tokens: int, stats: LossStats) -> torch.Tensor:
-        """The micro-batch's share of the token-mean over `num_tokens` action tokens of the mini-batch."""
+    def loss(self, values_R: torch.Tensor, batch: MicroBatch, size: BatchSize, stats: LossStats) -> torch.Tensor:
+        """The micro-batch's share of the token-mean over the mini-batch's action tokens."""
         returns = batch.returns_R
         if returns is None:
             raise ValueError("the samples have no returns: fill returns_T before the critic's update")
@@ -54,7 +52,7 @@ class ValueObjective:
             ("residual_squared", (returns - values_R.detach()).square()),
         ):
             stats.add(name, found)
-        return error.sum() / (2 * num_tokens)
+        return error.sum() / (2 * size.num_tokens)
 
 
 def explained_variance(means: dict[str, float]) -> float:
@@ -67,18 +65,11 @@ def explained_variance(means: dict[str, float]) -> float:
 class Critic(Actor):
     """All ranks of a critic behind one object; `save`, `load` and the rest as the actor's.
 
-    `set_up` starts from a policy: a Hugging Face folder, and over it `policy_checkpoint`, a training checkpoint of the
-    actor, if given. The value head starts at zero.
+    It starts from a policy: a Hugging Face folder, and by `load_weights` a training checkpoint. The value head starts at
+    zero.
     """
 
     head = "value"
-
-    async def set_up(
-        self, family: str, model_path: str, seed: int, vision: VisionSection, policy_checkpoint: Path | None = None
-    ) -> None:
-        await super().set_up(family, model_path, seed, vision)
-        if policy_checkpoint is not None:
-            await self._all("load_weights", str(policy_checkpoint.absolute()))
 
     async def fill_values(self, samples: list[TrainSample]) -> None:
         """`values_T` of every sample: estimates at its action tokens, 0 elsewhere."""
@@ -92,7 +83,7 @@ class Critic(Actor):
         if not samples:
             return {}
         await self.to_device()
-        total, grad_norm = await self._take_steps(samples, objective, lr, num_minibatches, temperature=1.0)
+        total, grad_norm, _ = await self._take_steps(samples, objective, lr, num_minibatches, temperature=1.0)
         means = total.means()
         return {
             "value_loss": means["loss"],

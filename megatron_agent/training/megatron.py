@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,95 +24,91 @@ from megatron_agent.training import cpu
 from megatron_agent.training.checkpoint import load_hf_shards
 from megatron_agent.training.critic import ValueObjective
 from megatron_agent.training.layout import Layout, is_tensor_parallel, megatron_pieces
-from megatron_agent.training.loss import LossStats, add_gap, microbatch_loss
+from megatron_agent.training.loss import LossStats, PolicyOutput, add_gap, microbatch_loss
 from megatron_agent.training.offload import check_on_device
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
 from megatron_agent.training.packing import Pixels, build_microbatch, keep_targets, padded_length
-from megatron_agent.types import MicroBatch, TrainSample
+from megatron_agent.types import BatchSize, MicroBatch, ReferenceHead, TrainSample
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class MegatronModel:
-    """The stage of the model that this rank holds. Construct after torch.distributed is initialised; collective.
+    """The stage of the model that this rank holds. Construct after torch.distributed is initialised; collective."""
 
-    `recompute`: "none", "selective", "full". `head`: "policy", or "value" for a critic. `frozen`: "", "vision" or
-    "language" (embedding, layers and vocabulary head), which then gets no gradient. `replicate_vision`: every tensor
-    and context rank encodes all pictures.
-    """
-
-    def __init__(
-        self,
-        family: ModelFamily,
-        layout: Layout,
-        dtype: str,
-        seed: int,
-        recompute: str = "none",
-        head: str = "policy",
-        frozen: str = "",
-        replicate_vision: bool = False,
-    ) -> None:
+    def __init__(self, family: ModelFamily, layout: Layout, options: ModelOptions) -> None:
         cpu.install()
         from megatron.core import parallel_state
-        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        self.family, self.layout, self.head, self.temperature = family, layout, head, 1.0
-        self.rank, self.seed = dist.get_rank(), seed
+        self.family, self.layout, self.head, self.temperature = family, layout, options.head, 1.0
+        self.rank, self.seed, self.banned_token_ids = dist.get_rank(), options.seed, options.banned_token_ids
         parallel_state.initialize_model_parallel(
             layout.tensor_parallel,
             layout.pipeline_parallel,
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
             context_parallel_size=layout.context_parallel,
         )
-        model_parallel_cuda_manual_seed(seed)
+        model_parallel_cuda_manual_seed(options.seed)
         self.at = layout.coordinates(self.rank)
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
-        num_layers = family.num_layers
+        self.config = self._megatron_config(options)
         chunks = range(layout.virtual_pipeline)
-        self.stages = [layout.stage(self.at.pipeline, num_layers, chunk) for chunk in chunks]
-        self.config = family.transformer_config(layout, DTYPES[dtype])
-        if recompute != "none":
-            self.config.recompute_granularity = recompute
-            if recompute == "full":
-                self.config.recompute_method, self.config.recompute_num_layers = "uniform", 1
-        # Losses arrive divided by the mini-batch's token count (loss.py): sum over ranks and micro-batches, no averages.
-        self.config.calculate_per_token_loss = True
+        interleaved = layout.virtual_pipeline > 1
+        self.stages = [layout.stage(self.at.pipeline, family.num_layers, chunk) for chunk in chunks]
+        self.chunks: list[Any] = [
+            family.build(self.config, stage, chunk if interleaved else None, self.head)
+            for chunk, stage in zip(chunks, self.stages)
+        ]
+        self.visual: Any = getattr(self.chunks[0], "visual", None)
+        if self.visual is not None:
+            self.visual.replicate = options.replicate_vision
+        # Whose parameters bear the names of the mapping table's pieces.
+        self.module: Any = torch.nn.ModuleList(self.chunks) if interleaved else self.chunks[0]
+        if torch.cuda.is_available():
+            self.module.cuda(torch.cuda.current_device())
+        table = family.table(layout, torch.cuda.is_available(), self.head)
+        self.pieces = megatron_pieces(table, layout, family.num_layers, self.rank)
+        load_hf_shards(self.module, self.pieces, family.path, table)
+        freeze(self.chunks, options.frozen)
+        mark_tensor_parallel(self.module, {p.param for p in self.pieces if is_tensor_parallel(p, table)})
+        self.ddp = self._data_parallel()
+        self.reference: list[torch.Tensor] = []
+        self.reset_optimizer(OptimizerOptions(lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), clip_grad=1.0))
+
+    def _megatron_config(self, options: ModelOptions) -> TransformerConfig:
+        from megatron.core.distributed import finalize_model_grads
+
+        config = self.family.transformer_config(self.layout, DTYPES[options.dtype])
+        if options.recompute != "none":
+            config.recompute_granularity = options.recompute
+            if options.recompute == "full":
+                config.recompute_method, config.recompute_num_layers = "uniform", 1
+        # Losses arrive divided by the mini-batch's size (loss.py): sum over ranks and micro-batches, no averages.
+        config.calculate_per_token_loss = True
 
         def finalize(model: list, num_tokens: object, **kwargs: Any) -> None:
             finalize_model_grads(model, None, **kwargs)
             self._sum_vision_gradients()
 
-        self.config.finalize_model_grads_func = finalize
-        interleaved = layout.virtual_pipeline > 1
-        self.chunks: list[Any] = [
-            family.build(self.config, stage, chunk if interleaved else None, head) for chunk, stage in zip(chunks, self.stages)
-        ]
-        self.visual: Any = getattr(self.chunks[0], "visual", None)
-        if self.visual is not None:
-            self.visual.replicate = replicate_vision
-        # Whose parameters bear the names of the mapping table's pieces.
-        self.module: Any = torch.nn.ModuleList(self.chunks) if interleaved else self.chunks[0]
-        if torch.cuda.is_available():
-            self.module.cuda(torch.cuda.current_device())
-        table = family.table(layout, torch.cuda.is_available(), head)
-        self.pieces = megatron_pieces(table, layout, num_layers, self.rank)
-        load_hf_shards(self.module, self.pieces, family.path, table)
-        freeze(self.chunks, frozen)
-        mark_tensor_parallel(self.module, {p.param for p in self.pieces if is_tensor_parallel(p, table)})
-        self.ddp = [
-            DistributedDataParallel(
-                self.config,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
-                ),
-                self._in_dtype(chunk),
-                disable_bucketing=index > 0,
-            )
+        config.finalize_model_grads_func = finalize
+        return config
+
+    def _data_parallel(self) -> list[Any]:
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+        options = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, check_for_nan_in_grad=False
+        )
+        return [
+            DistributedDataParallel(self.config, options, self._in_dtype(chunk), disable_bucketing=index > 0)
             for index, chunk in enumerate(self.chunks)
         ]
-        self.reset_optimizer(lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), clip_grad=1.0)
 
     def _in_dtype(self, chunk: torch.nn.Module) -> torch.nn.Module:
         if not self.config.bf16:
@@ -120,29 +117,26 @@ class MegatronModel:
 
         return Float16Module(self.config, chunk)
 
-    def reset_optimizer(
-        self, lr: float, weight_decay: float, betas: tuple[float, float], clip_grad: float, vision_lr_scale: float = 1.0
-    ) -> None:
-        """A fresh Adam (no moments), as at the start of every training phase. The vision tower's rate is `lr` times
-        `vision_lr_scale`."""
+    def reset_optimizer(self, options: OptimizerOptions) -> None:
+        """A fresh Adam (no moments), as at the start of every training phase."""
         from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 
-        self.weight_decay = weight_decay
+        self.weight_decay = options.weight_decay
         config = OptimizerConfig(
             optimizer="adam",
-            lr=lr,
-            weight_decay=weight_decay,
-            adam_beta1=betas[0],
-            adam_beta2=betas[1],
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.betas[0],
+            adam_beta2=options.betas[1],
             adam_eps=1e-8,
-            clip_grad=clip_grad,
+            clip_grad=options.clip_grad,
             bf16=self.config.bf16,
             params_dtype=self.config.params_dtype,
             use_distributed_optimizer=True,
         )
         groups = get_standard_config_overrides(config)
-        if vision_lr_scale != 1.0:
-            groups[ParamKey(name="*visual.*")] = {"lr_mult": vision_lr_scale}  # type: ignore[typeddict-unknown-key]
+        if options.vision_lr_scale != 1.0:
+            groups[ParamKey(name="*visual.*")] = {"lr_mult": options.vision_lr_scale}  # type: ignore[typeddict-unknown-key]
         self.optimizer = get_megatron_optimizer(config, self.ddp, groups, use_gloo_process_groups=not torch.cuda.is_available())
         self.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -157,13 +151,13 @@ class MegatronModel:
         microbatches: list[list[int]],
         pixels: Pixels,
         algorithm: Algorithm | ValueObjective,
-        denominator_tokens: int,
+        size: BatchSize,
         lr: float,
         temperature: float,
     ) -> tuple[LossStats, float]:
         """One optimizer step on this rank's micro-batches -> (loss statistics, gradient norm). Collective.
 
-        `algorithm`: what gives the loss of action tokens; a critic's is a ValueObjective.
+        `algorithm`: what gives the loss of action tokens; a critic's is a ValueObjective. `size`: of the whole mini-batch.
 
         Raises TrainingError when the loss or the gradient is not finite; no parameter has changed then.
         """
@@ -174,8 +168,9 @@ class MegatronModel:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         stats = LossStats()
-        loss = partial(self._loss, algorithm=algorithm, denominator_tokens=denominator_tokens, stats=stats)
-        self._run(samples, microbatches, pixels, loss, forward_only=False)
+        loss = partial(self._loss, algorithm=algorithm, size=size, stats=stats)
+        heads = self._reference_heads(samples, microbatches, pixels) if getattr(algorithm, "needs_full_kl", False) else None
+        self._run(samples, microbatches, pixels, loss, heads=heads)
         if self.visual is not None:
             stats.maxima["vision_imbalance"] = self.visual.take_imbalance()
         self._refuse_nan(stats)
@@ -204,7 +199,7 @@ class MegatronModel:
         def collect(output: torch.Tensor, batch: MicroBatch, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
             mine = output
             if self.head == "policy":
-                mine, _ = output
+                mine = output[0]
                 add_gap(stats, mine, batch)
             per_token, sample_index = mine.new_zeros(len(kept)), kept.new_zeros(len(kept), dtype=torch.long)
             per_token[kept], sample_index[kept] = mine, batch.sample_index_R
@@ -216,10 +211,53 @@ class MegatronModel:
             return per_token.sum(), torch.tensor(1, dtype=torch.int), {}
 
         with torch.no_grad():
-            self._run(samples, microbatches, pixels, collect, forward_only=True)
+            self._run(samples, microbatches, pixels, collect)
         if not self.is_reporter:
             return {}, LossStats()
         return (found if self.at.context == 0 else {}), stats
+
+    @torch.no_grad()
+    def _reference_heads(
+        self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels
+    ) -> list[ReferenceHead | None]:
+        """The reference's of every micro-batch, hidden states in host memory; None but on the last stage."""
+        found: list[torch.Tensor] = []
+
+        def collect(output: torch.Tensor, batch: MicroBatch, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            found.append(output.cpu())
+            return output.sum(), torch.tensor(1, dtype=torch.int), {}
+
+        with self.as_reference():
+            self._run(samples, microbatches, pixels, collect, wants_hidden=True)
+            weight = self.chunks[-1].output_weight().detach().clone() if self.stages[-1].is_last else None
+        if weight is None:
+            return [None] * len(microbatches)
+        return [ReferenceHead(hidden, weight) for hidden in found]
+
+    def keep_reference(self) -> None:
+        """The weights as they are now become the reference's, in host memory."""
+        pinned = torch.cuda.is_available()
+        self.reference = [
+            torch.empty_like(p, device="cpu", pin_memory=pinned).copy_(p.detach()) for p in self.module.parameters()
+        ]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model computes with the reference's weights; its own come back bit for bit."""
+        if not self.reference:
+            raise TrainingError(f"rank {self.rank}: no reference is kept; call keep_reference first")
+        self._swap_reference()
+        try:
+            yield
+        finally:
+            self._swap_reference()
+
+    @torch.no_grad()
+    def _swap_reference(self) -> None:
+        for parameter, other in zip(self.module.parameters(), self.reference, strict=True):
+            mine = parameter.detach().clone()
+            parameter.copy_(other)
+            other.copy_(mine)
 
     def _loss(
         self,
@@ -228,18 +266,24 @@ class MegatronModel:
         kept: torch.Tensor,
         *,
         algorithm: Algorithm | ValueObjective,
-        denominator_tokens: int,
+        size: BatchSize,
         stats: LossStats,
     ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         if isinstance(algorithm, ValueObjective):
-            return algorithm.loss(output, batch, denominator_tokens, stats), torch.tensor(1, dtype=torch.int), {}
-        logprobs, entropy = output
-        loss = microbatch_loss(logprobs, entropy, batch, algorithm, denominator_tokens, stats, self.cp_group)
+            return algorithm.loss(output, batch, size, stats), torch.tensor(1, dtype=torch.int), {}
+        loss = microbatch_loss(PolicyOutput(*output), batch, algorithm, size, stats, self.cp_group)
         return loss, torch.tensor(1, dtype=torch.int), {}
 
     def _run(
-        self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels, loss: Callable, forward_only: bool
+        self,
+        samples: list[TrainSample],
+        microbatches: list[list[int]],
+        pixels: Pixels,
+        loss: Callable,
+        heads: list[ReferenceHead | None] | None = None,
+        wants_hidden: bool = False,
     ) -> None:
+        """Forward over all micro-batches and, where gradients are enabled, backward."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         layout = self.layout
@@ -251,9 +295,17 @@ class MegatronModel:
 
         def batches(stage: StageSpec) -> Iterator[MicroBatch]:
             of_stage = pixels if stage.is_first else None
-            for ids, length in zip(microbatches, pad_to):
+            for ids, length, head in zip(microbatches, pad_to, heads or [None] * len(pad_to)):
                 batch = build_microbatch(samples, ids, self.family, of_stage, length, multiple)
-                yield to_device(replace(batch, temperature=self.temperature))
+                yield to_device(
+                    replace(
+                        batch,
+                        temperature=self.temperature,
+                        banned_token_ids=self.banned_token_ids,
+                        reference=head,
+                        wants_hidden=wants_hidden,
+                    )
+                )
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch, kept = self._own_targets(next(iterator))
@@ -266,7 +318,7 @@ class MegatronModel:
             num_microbatches=len(microbatches),
             seq_length=longest,  # of the whole row; Megatron divides by the context and sequence parallel degrees
             micro_batch_size=1,
-            forward_only=forward_only,
+            forward_only=not torch.is_grad_enabled(),
         )
 
     def _own_targets(self, batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor]:
@@ -301,10 +353,11 @@ class MegatronModel:
 
 
 def freeze(chunks: list[Any], frozen: str) -> None:
-    """No gradient for the vision tower ("vision") or for everything in the language model ("language")."""
+    """No gradient for the vision tower ("vision"), for everything in the language model ("language"), or at all ("all")."""
+    prefix = {"vision": "visual.", "language": "language.", "all": ""}.get(frozen, "-")
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if name.startswith({"vision": "visual.", "language": "language."}.get(frozen, "-")):
+            if name.startswith(prefix):
                 parameter.requires_grad = False
 
 
@@ -322,4 +375,6 @@ def to_device(batch: MicroBatch) -> MicroBatch:
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
                 setattr(batch, name, value.cuda(non_blocking=True))
+        if batch.reference is not None:
+            batch.reference = replace(batch.reference, hidden_Rh=batch.reference.hidden_Rh.cuda(non_blocking=True))
     return batch

@@ -127,4 +127,6 @@ def build_microbatch(
         sample_ids=list(sample_ids),
         old_values_R=gather_if_all([row.values_T for row in rows]),
         returns_R=gather_if_all([row.returns_T for row in rows]),
+        reference_logprobs_R=gather_if_all([row.reference_logprobs_T for row in rows]),
+        lag_R=gather([row.lag_T or [0] * row.num_tokens for row in rows], torch.int64),
     )

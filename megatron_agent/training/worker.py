@@ -15,7 +15,8 @@ from megatron_agent.data.images import ImageStore
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.training.critic import ValueObjective
 from megatron_agent.training.layout import Layout
-from megatron_agent.types import ImageRef, ShardCopy, SyncRound, TrainSample
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
+from megatron_agent.types import BatchSize, ImageRef, ShardCopy, SyncRound, TrainSample
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -46,10 +47,10 @@ class Worker:
         address: tuple[str, int],
         family_name: str,
         model_path: str,
-        options: dict,
+        options: ModelOptions,
         offload: str,
     ) -> None:
-        """Join the process group and load this rank's shard of the checkpoint. `options`: MegatronModel's."""
+        """Join the process group and load this rank's shard of the checkpoint."""
         import torch
         import torch.distributed as dist
 
@@ -64,7 +65,7 @@ class Worker:
         from megatron_agent.training.snapshot import Saver
 
         self.family: ModelFamily = registry.resolve("models", family_name)(model_path)
-        self.model = MegatronModel(self.family, self.layout, **options)
+        self.model = MegatronModel(self.family, self.layout, options)
         self.saver = Saver(self.model)
         self.offload = Offload(self.model, offload)
 
@@ -74,16 +75,16 @@ class Worker:
     def to_host(self) -> None:
         self.offload.to_host()
 
-    def reset_optimizer(self, **options) -> None:
+    def reset_optimizer(self, options: OptimizerOptions) -> None:
         with self.offload.on_device("all"):
-            self.model.reset_optimizer(**options)
+            self.model.reset_optimizer(options)
 
     def update(
         self,
         samples: list[TrainSample],
         plan: list[list[list[int]]],
         algorithm: Algorithm | ValueObjective,
-        denominator_tokens: int,
+        size: BatchSize,
         lr: float,
         temperature: float,
     ):
@@ -91,12 +92,24 @@ class Worker:
         data-parallel rank."""
         mine = self._mine(plan)
         with self.offload.on_device("all"):
-            stats, norm = self.model.update(samples, mine, self._pixels, algorithm, denominator_tokens, lr, temperature)
+            stats, norm = self.model.update(samples, mine, self._pixels, algorithm, size, lr, temperature)
         return (stats if self.model.is_reporter else stats.only("vision_imbalance")), norm
 
     def logprobs(self, samples: list[TrainSample], plan: list[list[list[int]]], temperature: float):
         """-> (sample index -> log-probs or values of its action tokens, LossStats) on reporters, else empty."""
         with self.offload.on_device("parameters"):
+            return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
+
+    def keep_reference(self, folder: str | None) -> None:
+        """The reference is the model as it is, or with the weights of a checkpoint, which it then keeps."""
+        if folder is not None:
+            self.load_weights(folder)
+        with self.offload.on_device("parameters"):
+            self.model.keep_reference()
+
+    def reference_logprobs(self, samples: list[TrainSample], plan: list[list[list[int]]], temperature: float):
+        """`logprobs` under the reference's weights."""
+        with self.offload.on_device("parameters"), self.model.as_reference():
             return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
 
     def place(self) -> tuple[str, str]:
@@ -132,7 +145,7 @@ class Worker:
             load_megatron(self.model, Path(folder))
 
     def load_weights(self, folder: str) -> None:
-        """Those of a policy's training checkpoint, into a critic."""
+        """Those of a policy's training checkpoint, without its optimizer; also into a critic."""
         from megatron_agent.training.checkpoint import load_weights
 
         with self.offload.on_device("all"):

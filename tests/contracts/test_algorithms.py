@@ -1,12 +1,16 @@
-"""Every file of algorithms/: advantages have the rows' shapes and keep to the mask, the loss is a pure function per token.
+"""Every file of algorithms/: advantages have the rows' shapes and keep to the mask, the loss is a pure function per token,
+and its gradient is that of its value.
 
-Not covered: whether an algorithm learns anything; needs_critic and needs_reference, which nothing reads yet.
+Whether an algorithm learns: test_bandit.py. Over ranks and micro-batches: tests/distributed/test_gradient_splits.py.
 """
 
 import copy
 import dataclasses
+import inspect
+import json
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -15,7 +19,9 @@ from hypothesis import strategies as st
 
 from megatron_agent import registry
 from megatron_agent.algorithms.base import Algorithm
-from megatron_agent.config import build
+from megatron_agent.algorithms.options import AGGREGATIONS, CriticOptions
+from megatron_agent.errors import ConfigError
+from megatron_agent.options import build
 from megatron_agent.types import LossInputs, TrainSample
 
 ALGORITHMS = registry.names("algorithms")
@@ -29,10 +35,18 @@ def make(name):
 def test_shape(name):
     component = registry.resolve("algorithms", name)
     assert issubclass(component, Algorithm) and dataclasses.is_dataclass(component.Config)
-    assert isinstance(component.needs_critic, bool) and isinstance(component.needs_reference, bool)
     config = build(component.Config, {}, "algorithm")
-    assert component(config).config is config and component().config == config
-    assert pickle.loads(pickle.dumps(component(config))).config == config  # it goes to every rank
+    algorithm = component(config)
+    assert algorithm.config is config and component().config == config
+    assert pickle.loads(pickle.dumps(algorithm)).config == config  # it goes to every rank
+    needs = ("needs_critic", "needs_greedy", "needs_reference", "needs_full_kl", "needs_old_logprobs")
+    assert all(isinstance(getattr(algorithm, name), bool) for name in needs)
+    assert not algorithm.needs_critic or isinstance(config.critic, CriticOptions)
+    assert algorithm.aggregation in AGGREGATIONS and algorithm.max_sampling_rounds >= 1
+    state = json.loads(json.dumps(algorithm.state()))
+    component(config).load_state(state)
+    assert algorithm.state() == state
+    assert " " in inspect.getdoc(component) and re.search(r"arXiv \d{4}\.\d{5}", inspect.getmodule(component).__doc__)
 
 
 @st.composite
@@ -44,6 +58,10 @@ def batches(draw):
             reward = draw(st.sampled_from([-1.0, 0.0, 0.3, 1.0, 2.0]))
             zeros = [0.0] * len(mask)
             samples.append(TrainSample([1] * len(mask), mask, zeros, list(zeros), [], str(group), reward))
+            on_actions = [[draw(st.floats(-3, 3)) if own else 0.0 for own in mask] for _ in range(4)]
+            sample = samples[-1]
+            sample.values_T, sample.old_logprobs_T, sample.reference_logprobs_T, sample.process_rewards_T = on_actions
+            sample.baseline_reward = draw(st.none() | st.floats(-1, 1))
     return samples
 
 
@@ -59,6 +77,34 @@ def test_advantages(name, samples):
         assert len(row) == sample.num_tokens and all(isinstance(value, float) and math.isfinite(value) for value in row)
         assert all(value == 0.0 for value, own in zip(row, sample.action_mask_T) if not own)
     assert make(name).advantages(samples) == advantages
+    if make(name).needs_critic:
+        returns = make(name).returns(samples)
+        assert [len(row) for row in returns] == [sample.num_tokens for sample in samples]
+        assert all(v == 0.0 for row, s in zip(returns, samples) for v, own in zip(row, s.action_mask_T) if not own)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_is_no_action_is_not_looked_at(name):
+    """Prompts and observations of any length, anywhere, with any numbers: the actions' advantages stay the same."""
+
+    def rows(gap, junk):
+        made = []
+        for index, reward in enumerate([0.0, 1.0, 0.25, 1.0]):
+            parts = [(gap, False), (2, True), (gap, False), (1 + index % 2, True), (gap, False)]
+            mask = [own for count, own in parts for _ in range(count)]
+            per_token = iter(range(1, 100))
+            values = [0.1 * next(per_token) if own else junk for own in mask]
+            rewards = [0.05 if own else 0.0 for own in mask]
+            made.append(TrainSample([1] * len(mask), mask, values, [0.0] * len(mask), [], str(index // 2), reward))
+            made[-1].values_T = made[-1].old_logprobs_T = made[-1].reference_logprobs_T = values
+            made[-1].process_rewards_T, made[-1].baseline_reward = rewards, 0.5
+        return made
+
+    def on_actions(samples):
+        found = make(name).advantages(samples)
+        return [[v for v, own in zip(row, s.action_mask_T) if own] for row, s in zip(found, samples)]
+
+    assert on_actions(rows(1, 0.0)) == on_actions(rows(3, 77.0))
 
 
 def loss_inputs(num_tokens, seed=0):
@@ -75,6 +121,8 @@ def loss_inputs(num_tokens, seed=0):
         sample_index_R=(torch.arange(num_tokens) // 3).long(),
         num_samples=max(1, -(-num_tokens // 3)),
         entropy_R=draw(0, 3),
+        reference_logprobs_R=draw(-6, 0),
+        lag_R=(torch.arange(num_tokens) % 3).long(),
     )
 
 
@@ -102,5 +150,28 @@ def test_something_is_learned_from_an_advantage(name):
     logprobs = torch.full((2,), -1.0, requires_grad=True)
     old = torch.full((2,), -1.0)
     inputs = LossInputs(logprobs, old, old, torch.tensor([1.0, -1.0]), torch.tensor([0, 1]), 2, torch.ones(2))
+    inputs.reference_logprobs_R = torch.tensor([-0.5, -1.5])  # a teacher of the same mind
     (grad,) = torch.autograd.grad(make(name).loss(inputs).loss_R.sum(), logprobs)
     assert grad[0] < 0 < grad[1]
+
+
+OPTIONS = {
+    "plain": {},
+    "kl in the loss, entropy": {"kl": {"coefficient": 0.3, "estimator": "k3"}, "entropy_coefficient": 0.2},
+    "sequence weights": {"importance": {"correction": "truncate", "level": "sequence", "max_lag": 1}},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_at_the_old_policy_ratios_are_one_and_nothing_is_clipped(name, options):
+    """On the first update after a sync, whatever the options."""
+    component = registry.resolve("algorithms", name)
+    try:
+        algorithm = component(build(component.Config, OPTIONS[options], "algorithm"))
+    except ConfigError:
+        pytest.skip("an algorithm that has no such option")
+    inputs = loss_inputs(12)
+    inputs.old_logprobs_R = inputs.logprobs_R.detach()
+    metrics = algorithm.loss(inputs).metrics_R
+    assert (metrics["ratio"] - 1).abs().max() <= 1e-5 and metrics["clip_fraction"].sum() == 0

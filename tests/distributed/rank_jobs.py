@@ -7,8 +7,9 @@ import numpy as np
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 from megatron_agent.training.actor import interleavable
 from megatron_agent.training.layout import Layout
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
 from megatron_agent.training.packing import padded_length, plan_microbatches
-from megatron_agent.types import ImageRef, TrainSample
+from megatron_agent.types import BatchSize, ImageRef, TrainSample
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.01, 1.0
 BUDGET_TOKENS = 90
@@ -52,7 +53,7 @@ def make_samples(family):
 def make_model(path, layout, recompute="none", dtype="float32", **options):
     from megatron_agent.training.megatron import MegatronModel
 
-    return MegatronModel(Qwen2_5_VL(path), layout, dtype, seed=0, recompute=recompute, **options)
+    return MegatronModel(Qwen2_5_VL(path), layout, ModelOptions(dtype, recompute=recompute, **options))
 
 
 def plan_for(samples, layout, budget):
@@ -68,8 +69,8 @@ class Steps:
         self.model = make_model(path, layout, recompute)
         self.samples = make_samples(self.model.family)
         self.plan = plan_for(self.samples, layout, budget)[self.model.at.data]
-        self.denominator = sum(s.num_action_tokens for s in self.samples)
-        self.model.reset_optimizer(LR, WEIGHT_DECAY, BETAS, CLIP)
+        self.size = BatchSize.of(self.samples)
+        self.model.reset_optimizer(OptimizerOptions(LR, WEIGHT_DECAY, BETAS, CLIP))
 
     def take(self, count, algorithm=None):
         """-> per step (sum of the losses of this rank's tokens, their number, gradient norm); reporters only count."""
@@ -78,7 +79,7 @@ class Steps:
         taken = []
         for _ in range(count):
             algorithm = algorithm or Supervised()
-            stats, norm = self.model.update(self.samples, self.plan, pixels, algorithm, self.denominator, LR, 1.0)
+            stats, norm = self.model.update(self.samples, self.plan, pixels, algorithm, self.size, LR, 1.0)
             reports = self.model.is_reporter
             taken.append((stats.sums["loss"] if reports else 0.0, stats.num_tokens if reports else 0, norm))
         return taken
@@ -108,7 +109,7 @@ def train_on_few_rows(path, layout, num_rows):
     steps.samples = steps.samples[:num_rows]
     longest = max(padded_length(s.num_tokens, layout.segment_multiple) for s in steps.samples)
     steps.plan = plan_for(steps.samples, layout, longest)[steps.model.at.data]  # a micro-batch per row
-    steps.denominator = sum(s.num_action_tokens for s in steps.samples)
+    steps.size = BatchSize.of(steps.samples)
     logprobs, _ = steps.model.logprobs(steps.samples, steps.plan, pixels, 1.0)
     num_empty = sum(not batch for batch in steps.plan)
     return {"logprobs": logprobs, "steps": steps.take(2) + steps.take(1, GRPO()), "num_empty": num_empty}
@@ -123,8 +124,8 @@ def gradient_errors(path, layout, reference, budget=BUDGET_TOKENS):
 
     steps = Steps(path, layout, budget)
     model = steps.model
-    model.reset_optimizer(0.0, 0.0, BETAS, 0.0)  # no clipping, no step: the gradients stay as they are summed
-    model.update(steps.samples, steps.plan, pixels, Supervised(), steps.denominator, 0.0, 1.0)
+    model.reset_optimizer(OptimizerOptions(0.0, 0.0, BETAS, 0.0))  # no clipping, no step: the gradients stay as they are summed
+    model.update(steps.samples, steps.plan, pixels, Supervised(), steps.size, 0.0, 1.0)
     parameters = dict(model.module.named_parameters())
     errors = {}
     with safe_open(reference, framework="pt") as reader:

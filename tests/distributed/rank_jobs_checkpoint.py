@@ -5,6 +5,8 @@ from pathlib import Path
 from rank_jobs import BETAS, BUDGET_TOKENS, CLIP, LR, WEIGHT_DECAY, make_samples, pixels, plan_for
 
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
+from megatron_agent.types import BatchSize
 
 
 class Run:
@@ -14,8 +16,8 @@ class Run:
         from megatron_agent.training.actor import TrainingConfig
         from megatron_agent.training.megatron import MegatronModel
 
-        self.model = MegatronModel(Qwen2_5_VL(path), layout, dtype, seed=0)
-        self.model.reset_optimizer(LR, WEIGHT_DECAY, BETAS, CLIP)
+        self.model = MegatronModel(Qwen2_5_VL(path), layout, ModelOptions(dtype))
+        self.model.reset_optimizer(OptimizerOptions(LR, WEIGHT_DECAY, BETAS, CLIP))
         self.samples = make_samples(self.model.family)
         self.schedule = TrainingConfig(lr=LR, warmup_steps=2, num_steps=4, lr_schedule="cosine")
         self.step, self.order = 0, list(range(len(self.samples)))
@@ -30,9 +32,8 @@ class Run:
             self.order = self.order[3:] + self.order[:3]
             rows = [self.samples[i] for i in self.order[:6]]
             plan = plan_for(rows, self.model.layout, BUDGET_TOKENS)[self.model.at.data]
-            tokens = sum(row.num_action_tokens for row in rows)
             lr = self.schedule.lr_at(self.step)
-            stats, norm = self.model.update(rows, plan, pixels, Supervised(), tokens, lr, 1.0)
+            stats, norm = self.model.update(rows, plan, pixels, Supervised(), BatchSize.of(rows), lr, 1.0)
             reports = self.model.is_reporter
             taken.append((stats.sums["loss"] if reports else 0.0, stats.num_tokens if reports else 0, norm))
         return taken

@@ -5,6 +5,9 @@ from pathlib import Path
 import rank_jobs
 import torch
 
+from megatron_agent.training.options import OptimizerOptions
+from megatron_agent.types import BatchSize
+
 CRITIC_LR = 1e-4
 
 
@@ -14,7 +17,7 @@ def value_weight(hidden_size):
 
 def make_critic(path, layout):
     critic = rank_jobs.make_model(path, layout, head="value")
-    critic.reset_optimizer(rank_jobs.LR, rank_jobs.WEIGHT_DECAY, rank_jobs.BETAS, rank_jobs.CLIP)
+    critic.reset_optimizer(OptimizerOptions(rank_jobs.LR, rank_jobs.WEIGHT_DECAY, rank_jobs.BETAS, rank_jobs.CLIP))
     return critic
 
 
@@ -34,9 +37,9 @@ def values_and_steps(path, layout, count):
     for index, sample in enumerate(samples):
         sample.returns_T = [float(index % 3) if own else 0.0 for own in sample.action_mask_T]
         sample.values_T = [0.25 if own else 0.0 for own in sample.action_mask_T]
-    denominator, steps = sum(s.num_action_tokens for s in samples), []
+    size, steps = BatchSize.of(samples), []
     for _ in range(count):
-        stats, norm = critic.update(samples, plan, rank_jobs.pixels, ValueObjective(clip=5.0), denominator, CRITIC_LR, 1.0)
+        stats, norm = critic.update(samples, plan, rank_jobs.pixels, ValueObjective(clip=5.0), size, CRITIC_LR, 1.0)
         reports = critic.is_reporter
         steps.append((dict(stats.sums) if reports else {}, stats.num_tokens if reports else 0, norm))
     return at_start, values, steps

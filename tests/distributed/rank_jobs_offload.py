@@ -7,6 +7,8 @@ from rank_jobs import BETAS, BUDGET_TOKENS, CLIP, LR, WEIGHT_DECAY, Steps, make_
 
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 from megatron_agent.training.layout import Layout
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
+from megatron_agent.types import BatchSize
 
 
 class OffloadSteps(Steps):
@@ -16,11 +18,11 @@ class OffloadSteps(Steps):
         from megatron_agent.training.megatron import MegatronModel
         from megatron_agent.training.offload import Offload
 
-        self.model = MegatronModel(Qwen2_5_VL(path), layout, dtype, seed=0)
+        self.model = MegatronModel(Qwen2_5_VL(path), layout, ModelOptions(dtype))
         self.samples = make_samples(self.model.family)
         self.plan = plan_for(self.samples, layout, BUDGET_TOKENS)[self.model.at.data]
-        self.denominator = sum(s.num_action_tokens for s in self.samples)
-        self.model.reset_optimizer(LR, WEIGHT_DECAY, BETAS, CLIP)
+        self.size = BatchSize.of(self.samples)
+        self.model.reset_optimizer(OptimizerOptions(LR, WEIGHT_DECAY, BETAS, CLIP))
         self.offload = Offload(self.model, what)
 
     def logprobs(self):
@@ -52,7 +54,7 @@ def stay_and_leave(path, layout, dtype, what):
     with torch.no_grad():
         for parameter, value in zip(steps.model.module.parameters(), start, strict=True):
             parameter.copy_(value)
-    steps.model.reset_optimizer(LR, WEIGHT_DECAY, BETAS, CLIP)
+    steps.model.reset_optimizer(OptimizerOptions(LR, WEIGHT_DECAY, BETAS, CLIP))
     steps.offload.what = what
     return stays, take_rounds(steps)
 
@@ -107,7 +109,7 @@ def checkpoint_and_new_optimizer(path, layout, folder):
             steps.offload.to_host()
         with steps.offload.on_device("all"):
             load_megatron(steps.model, Path(folder))
-            steps.model.reset_optimizer(LR, WEIGHT_DECAY, BETAS, CLIP)
+            steps.model.reset_optimizer(OptimizerOptions(LR, WEIGHT_DECAY, BETAS, CLIP))
         left += sum(steps.nbytes().values()) if away else 0
         with steps.offload.on_device("all"):
             results.append(steps.take(2))

@@ -3,6 +3,8 @@
 import rank_jobs
 
 from megatron_agent.training.loss import Supervised
+from megatron_agent.training.options import OptimizerOptions
+from megatron_agent.types import BatchSize
 
 
 def steps_with(path, layout, count=3, vision_lr_scale=1.0, weight_decay=0.0, **options):
@@ -11,11 +13,11 @@ def steps_with(path, layout, count=3, vision_lr_scale=1.0, weight_decay=0.0, **o
     steps.model = rank_jobs.make_model(path, layout, **options)
     steps.samples = rank_jobs.make_samples(steps.model.family)
     steps.plan = rank_jobs.plan_for(steps.samples, layout, rank_jobs.BUDGET_TOKENS)[steps.model.at.data]
-    steps.denominator = sum(s.num_action_tokens for s in steps.samples)
-    steps.model.reset_optimizer(rank_jobs.LR, weight_decay, rank_jobs.BETAS, rank_jobs.CLIP, vision_lr_scale)
+    steps.size = BatchSize.of(steps.samples)
+    steps.model.reset_optimizer(OptimizerOptions(rank_jobs.LR, weight_decay, rank_jobs.BETAS, rank_jobs.CLIP, vision_lr_scale))
     before = {name: p.detach().clone() for name, p in steps.model.module.named_parameters()}
     taken = steps.take(count)
-    stats, _ = steps.model.update(steps.samples, steps.plan, rank_jobs.pixels, Supervised(), steps.denominator, 0.0, 1.0)
+    stats, _ = steps.model.update(steps.samples, steps.plan, rank_jobs.pixels, Supervised(), steps.size, 0.0, 1.0)
     changes = {name: float((p.detach() - before[name]).abs().sum()) for name, p in steps.model.module.named_parameters()}
     return taken, changes, stats.only("vision_imbalance").maxima
 
@@ -27,8 +29,8 @@ def dtypes(path, layout):
     model = rank_jobs.make_model(path, layout, dtype="bfloat16")
     samples = rank_jobs.make_samples(model.family)
     plan = rank_jobs.plan_for(samples, layout, rank_jobs.BUDGET_TOKENS)[model.at.data]
-    model.reset_optimizer(rank_jobs.LR, 0.0, rank_jobs.BETAS, rank_jobs.CLIP)
-    model.update(samples, plan, rank_jobs.pixels, Supervised(), 100, rank_jobs.LR, 1.0)
+    model.reset_optimizer(OptimizerOptions(rank_jobs.LR, 0.0, rank_jobs.BETAS, rank_jobs.CLIP))
+    model.update(samples, plan, rank_jobs.pixels, Supervised(), BatchSize(100, 10), rank_jobs.LR, 1.0)
     adams = [optimizer.optimizer for optimizer in model.optimizer.chained_optimizers]
     tensors = {
         "parameters": list(model.module.parameters()),

@@ -7,7 +7,8 @@ from rank_jobs_gradients import complete_gradients
 from megatron_agent.models.mapping import as_index
 from megatron_agent.models.qwen2 import Qwen2
 from megatron_agent.training.loss import Supervised
-from megatron_agent.types import TrainSample
+from megatron_agent.training.options import ModelOptions, OptimizerOptions
+from megatron_agent.types import BatchSize, TrainSample
 
 
 def make_samples():
@@ -29,12 +30,12 @@ def compare(path, layout, gradient_file):
     from megatron_agent.training.megatron import MegatronModel
 
     family = Qwen2(path)
-    model = MegatronModel(family, family.balanced(layout), "float32", seed=0)
+    model = MegatronModel(family, family.balanced(layout), ModelOptions("float32"))
     samples = make_samples()
     plan = rank_jobs.plan_for(samples, layout, rank_jobs.BUDGET_TOKENS)[model.at.data]
     logprobs, _ = model.logprobs(samples, plan, rank_jobs.pixels, 1.0)
-    model.reset_optimizer(0.0, 0.0, rank_jobs.BETAS, 0.0)
-    model.update(samples, plan, rank_jobs.pixels, Supervised(), sum(s.num_action_tokens for s in samples), 0.0, 1.0)
+    model.reset_optimizer(OptimizerOptions(0.0, 0.0, rank_jobs.BETAS, 0.0))
+    model.update(samples, plan, rank_jobs.pixels, Supervised(), BatchSize.of(samples), 0.0, 1.0)
     gradients, errors = complete_gradients(model), {}
     with safe_open(gradient_file, framework="pt") as reader:
         for piece in model.pieces:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 from megatron_agent.training.dist_checkpoint import DistCheckpoint, checkpoint_table, plan_chunks
 from megatron_agent.training.layout import Layout
+from megatron_agent.training.options import ModelOptions
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.append(str(TOOLS))
@@ -161,7 +162,7 @@ def load_converted(path, layout, dtype, folder):
     from megatron_agent.training.checkpoint import load_weights
     from megatron_agent.training.megatron import MegatronModel
 
-    model = MegatronModel(Qwen2_5_VL(path), layout, dtype, seed=0)
+    model = MegatronModel(Qwen2_5_VL(path), layout, ModelOptions(dtype))
     expected = {name: p.detach().clone() for name, p in model.module.named_parameters()}
     with torch.no_grad():
         for parameter in model.module.parameters():

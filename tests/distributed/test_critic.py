@@ -11,6 +11,7 @@ import torch
 from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 from megatron_agent.training.critic import ValueObjective, explained_variance
 from megatron_agent.training.layout import Layout
+from megatron_agent.types import BatchSize
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = {
@@ -106,7 +107,7 @@ def test_value_loss_of_one_micro_batch():
     batch = SimpleNamespace(returns_R=torch.tensor([1.0, 2.0, 0.0]), old_values_R=torch.tensor([0.5, 0.5, 0.5]))
     values = torch.tensor([0.6, 1.5, 0.1], requires_grad=True)
     stats = LossStats()
-    loss = ValueObjective(clip=0.2).loss(values, batch, 6, stats)
+    loss = ValueObjective(clip=0.2).loss(values, batch, BatchSize(6, 1), stats)
     # squares: 0.4^2; clipped 0.7 - 2 = 1.3^2 beats 0.5^2; clipped 0.3^2 beats 0.1^2
     assert float(loss) == pytest.approx((0.16 + 1.69 + 0.09) / 12)
     loss.backward()
@@ -116,4 +117,4 @@ def test_value_loss_of_one_micro_batch():
     expected = 1 - float(residual.var(correction=0) / batch.returns_R.var(correction=0))
     assert explained_variance(stats.means()) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="fill returns_T"):
-        ValueObjective().loss(values, SimpleNamespace(returns_R=None), 6, stats)
+        ValueObjective().loss(values, SimpleNamespace(returns_R=None), BatchSize(6, 1), stats)

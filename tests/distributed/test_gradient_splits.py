@@ -1,7 +1,8 @@
-"""One batch, split over data and context ranks, micro-batches and packed rows: the gradient of every parameter is the same.
+"""One batch, split over ranks, micro-batches and packed rows: every algorithm's loss, and the gradient of every parameter,
+are the same as of rows that are taken one at a time on one rank. A new file in algorithms/ is tested by being there.
 
-Token-mean and sequence-mean losses, against rows that are taken one at a time on one rank. Not covered: tensor and pipeline
-ranks (test_parity.py), bfloat16.
+Tensor ranks compare the parameters that they hold whole, pipeline ranks the loss alone (their gradients: test_parity.py).
+Not covered: bfloat16.
 """
 
 import pytest
@@ -16,23 +17,47 @@ LAYOUTS = {
     "one": Layout(),
     "dp2": Layout(data_parallel=2),
     "cp2": Layout(context_parallel=2),
+    "tp2": Layout(tensor_parallel=2),
+    "pp2": Layout(pipeline_parallel=2),
     "dp2cp2": Layout(data_parallel=2, context_parallel=2),
-    "dp3": Layout(data_parallel=3),
 }
-BUDGETS = (52, 90, 10_000)  # tokens of a micro-batch: a row or two, some, all
+BUDGETS = (52, 90, 10_000)  # tokens of a micro-batch: a row or two, some, all; algorithms take them in turn
+CASES = {name: (layout, BUDGETS) for name, layout in LAYOUTS.items()}
+CASES["dp2cp2, other budgets"] = (LAYOUTS["dp2cp2"], BUDGETS[1:])
 
 
 @pytest.fixture(scope="module")
 def expected(ranks, tiny_models, tmp_path_factory):
     file = tmp_path_factory.mktemp("gradients") / "expected.safetensors"
-    ranks.run(1, rank_jobs_gradients.write_expected, tiny_models["tied"], file)
-    return file
+    ((logprobs, losses),) = ranks.run(1, rank_jobs_gradients.write_expected, tiny_models["tied"], file)
+    return file, logprobs, losses
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gradient_is_the_same_for_every_split(ranks, tiny_models, expected, layout):
-    layout = LAYOUTS[layout]
-    results = ranks.run(layout.world_size, rank_jobs_gradients.compare, tiny_models["tied"], layout, BUDGETS, expected)
+@pytest.mark.parametrize(("layout", "budgets"), CASES.values(), ids=CASES)
+def test_loss_and_gradient_are_the_same_for_every_split(ranks, tiny_models, expected, layout, budgets):
+    file, logprobs, losses = expected
+    results = ranks.run(layout.world_size, rank_jobs_gradients.compare, tiny_models["tied"], layout, budgets, file, logprobs)
     for found in results:
-        assert {case: error for case, error in found.items() if not error[1] < LIMIT} == {}
-        assert len(found) == 9 and len({count for count, _, _ in found.values()}) >= 2, "all budgets split alike"
+        assert {name: error for name, error in found.items() if not error[1] < LIMIT} == {}
+        assert set(found) == set(losses) and len({count for count, *_ in found.values()}) >= 2, "all budgets split alike"
+    whole = {name: sum(found[name][3] for found in results) for name in losses}
+    assert whole == pytest.approx(losses, rel=1e-5, abs=1e-7)
+
+
+def test_on_the_first_update_ratios_are_one(ranks, tiny_models):
+    """Whatever the packing in which the old log-probs were computed."""
+    (found,) = ranks.run(1, rank_jobs_gradients.on_policy, tiny_models["tied"], Layout())
+    assert {name: bad for name, bad in found.items() if bad[0] > 1e-5 or bad[1] != 0} == {}
+    assert max(deviation for deviation, _ in found.values()) > 0, "the packing does not differ"
+
+
+def test_the_reference_stays_and_the_policy_comes_back(ranks, tiny_models):
+    """Bit for bit."""
+    for found in ranks.run(2, rank_jobs_gradients.reference_and_asked, tiny_models["tied"], Layout(pipeline_parallel=2)):
+        assert found[0] and found[2]
+    assert found[1], "the steps changed nothing"  # the last stage reports the log-probs
+
+
+def test_a_model_that_is_only_asked_holds_no_gradients(ranks, tiny_models):
+    ((frozen, none, whole, some),) = ranks.run(1, rank_jobs_gradients.asked, tiny_models["tied"], Layout())
+    assert frozen == whole and none == 0 < some

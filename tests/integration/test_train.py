@@ -45,8 +45,8 @@ def train_rows(folder):
 
 
 LAYOUTS = {
-    "tensor": [],
-    "pipeline": ["training.tensor_parallel=1", "training.pipeline_parallel=2"],
+    "tensor": ["rollout.ban_special_tokens=true"],  # of a vocabulary that is split over the ranks
+    "pipeline": ["training.tensor_parallel=1", "training.pipeline_parallel=2", "rollout.oversample=0.5"],
     "data": ["training.tensor_parallel=1", "training.data_parallel=2", "training.minibatches_per_step=2"],
 }
 

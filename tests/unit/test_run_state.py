@@ -85,6 +85,7 @@ def make_parts(tmp_path, ranks):
     return SimpleNamespace(
         config=config,
         actor=ranks,
+        learner=ranks,
         weight_version=3,
         weights=SimpleNamespace(version=3),
         data=data,

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_agent.models.head import ValueHead, VocabularyShard, target_logprobs
+from megatron_agent.models.head import ValueHead, VocabularyShard, divergence, target_logprobs
+from megatron_agent.types import ReferenceHead
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,25 @@ def test_values_and_gradients_equal_log_softmax(group, rows, vocab_size, tempera
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
     assert (ours[1].grad[vocab_size:] == 0).all() and ours[1].grad.abs().max() > 0.1
+
+
+def test_banned_tokens_are_as_good_as_not_there(group, rows):
+    """Also where some are columns of other ranks."""
+    hidden, weight, targets = rows
+    banned = (2, 7, 25)
+    ours, theirs = (weight.clone().requires_grad_() for _ in range(2))
+    shard = VocabularyShard(24, 0, group, banned_token_ids=banned)
+    logprobs, entropy = target_logprobs(hidden, ours, targets, shard, 0.7)
+    logits = hidden @ theirs.t() / 0.7
+    logits = logits.index_fill(1, torch.tensor(banned[:2]), -torch.inf)
+    expected = logits.log_softmax(-1)
+    chosen = expected[torch.arange(len(targets)), targets]
+    torch.testing.assert_close(logprobs, chosen, rtol=0, atol=3e-6)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy(), rtol=0, atol=3e-6)
+    logprobs.sum().backward()
+    chosen.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    assert ours.grad[[2, 7]].abs().max() < 1e-20 and ours.grad.abs().max() > 0.1
 
 
 def test_never_more_than_a_chunk_of_logits(group):
@@ -113,3 +133,24 @@ def test_values_start_at_zero():
     assert values.tolist() == [0.0, 0.0, 0.0]
     values.sum().backward()
     assert head.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("vocab_size", [24, 19])
+@pytest.mark.parametrize("rows_per_chunk", [4, 6])
+def test_divergence_over_the_whole_vocabulary(group, rows, vocab_size, rows_per_chunk):
+    """KL(policy || reference) of every row and its gradient, against two log-softmaxes."""
+    hidden, weight, _ = rows
+    other = ReferenceHead(torch.randn(6, 7), torch.randn(24, 7))  # another width
+    shard = VocabularyShard(vocab_size, 0, group, chunk_bytes=rows_per_chunk * 24 * 4)
+    ours, theirs = ([hidden.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2))
+    found = divergence(*ours, other, shard, 0.7)
+    own = ((theirs[0] @ theirs[1].t())[:, :vocab_size] / 0.7).log_softmax(-1)
+    expected = (own.exp() * (own - ((other.hidden_Rh @ other.weight.t())[:, :vocab_size] / 0.7).log_softmax(-1))).sum(-1)
+    weights = torch.randn(6)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    same = divergence(hidden, weight, ReferenceHead(hidden, weight), shard)
+    torch.testing.assert_close(same, torch.zeros(6), rtol=0, atol=1e-6)

@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from megatron_agent.algorithms.grpo import GRPO
-from megatron_agent.training.loss import LossStats, Supervised, microbatch_loss
-from megatron_agent.types import MicroBatch, TrainSample
+from megatron_agent.training.loss import LossStats, PolicyOutput, Supervised, microbatch_loss
+from megatron_agent.types import BatchSize, MicroBatch, TrainSample
+
+
+def loss_of(logprobs, entropy, batch, algorithm, num_tokens, stats):
+    return microbatch_loss(PolicyOutput(logprobs, entropy), batch, algorithm, BatchSize(num_tokens, 1), stats)
 
 
 def batch_of(logprobs, rollout, advantages, old=None, after_image=None, samples=None):
@@ -33,7 +37,7 @@ def test_shares_add_up_to_the_token_mean_for_any_split(bounds):
         part = values[a:b].clone().requires_grad_()
         batch = batch_of(part, values[a:b].tolist(), advantages[a:b].tolist(), old[a:b].tolist())
         mine = LossStats()
-        share = microbatch_loss(part, torch.ones(b - a), batch, GRPO(), 12, mine)
+        share = loss_of(part, torch.ones(b - a), batch, GRPO(), 12, mine)
         share.backward()
         total += share.item()
         grads.append(part.grad)
@@ -47,7 +51,7 @@ def test_shares_add_up_to_the_token_mean_for_any_split(bounds):
 def test_without_old_logprobs_the_ratio_is_one():
     stats = LossStats()
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss = microbatch_loss(logprobs, torch.zeros(2), batch_of(logprobs, [-5.0, -5.0], [1.0, -3.0]), GRPO(), 4, stats)
+    loss = loss_of(logprobs, torch.zeros(2), batch_of(logprobs, [-5.0, -5.0], [1.0, -3.0]), GRPO(), 4, stats)
     loss.backward()
     assert loss.item() == pytest.approx((-1 + 3) / 4) and logprobs.grad.tolist() == [-0.25, 0.75]
     assert stats.means()["ratio"] == stats.means()["ratio_max"] == 1.0 and stats.means()["clip_fraction"] == 0.0
@@ -56,7 +60,7 @@ def test_without_old_logprobs_the_ratio_is_one():
 def test_supervised_is_cross_entropy_of_the_action_tokens():
     logprobs = torch.tensor([-1.0, -2.0, -4.5])
     stats = LossStats()
-    loss = microbatch_loss(logprobs, torch.zeros(3), batch_of(logprobs, [0.0] * 3, [9.0] * 3), Supervised(), 3, stats)
+    loss = loss_of(logprobs, torch.zeros(3), batch_of(logprobs, [0.0] * 3, [9.0] * 3), Supervised(), 3, stats)
     assert loss.item() == pytest.approx(2.5) and stats.means()["loss"] == pytest.approx(2.5)
     row = TrainSample([1, 2, 3], [False, True, True], [0.0] * 3, [0.0] * 3, [])
     assert Supervised().advantages([row]) == [[0.0, 1.0, 1.0]]
@@ -66,12 +70,12 @@ def test_the_gap_is_the_trainers_before_the_update_against_vllms():
     stats = LossStats()
     logprobs = torch.tensor([-1.0, -2.0, -3.0, -4.0])
     rollout, after = [-1.5, -2.0, -3.0, -4.25], [False, False, True, True]
-    microbatch_loss(logprobs, torch.zeros(4), batch_of(logprobs, rollout, [0.0] * 4, after_image=after), GRPO(), 4, stats)
+    loss_of(logprobs, torch.zeros(4), batch_of(logprobs, rollout, [0.0] * 4, after_image=after), GRPO(), 4, stats)
     means = stats.means()
     assert means["logprob_gap_mean"] == pytest.approx(0.75 / 4) and means["logprob_gap_max"] == 0.5
     assert means["logprob_gap_mean/before_image"] == 0.25 and means["logprob_gap_mean/after_image"] == 0.125
     stats = LossStats()  # after a first mini-batch the weights have moved: only the old log-probs say what the gap was
-    microbatch_loss(logprobs - 1, torch.zeros(4), batch_of(logprobs, rollout, [0.0] * 4, old=rollout), GRPO(), 4, stats)
+    loss_of(logprobs - 1, torch.zeros(4), batch_of(logprobs, rollout, [0.0] * 4, old=rollout), GRPO(), 4, stats)
     assert stats.means()["logprob_gap_max"] == 0.0 and "logprob_gap_mean/after_image" not in stats.means()
 
 
