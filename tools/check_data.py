@@ -27,10 +27,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_agent import registry
-from megatron_agent.config import apply_override, build
+from megatron_agent.config import apply_override
 from megatron_agent.data.dataset import DataConfig, DatasetReport, check_report, in_order, scan
 from megatron_agent.data.images import PATCH_SIDE_PX, ImageStore
 from megatron_agent.errors import ConfigError, DataError
+from megatron_agent.options import build
 from megatron_agent.types import Task
 
 NAMED = 20  # bad rows and long prompts on the console; --json has all
