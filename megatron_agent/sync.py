@@ -53,6 +53,7 @@ class WeightSync:
             for rank, shapes in enumerate(engine):
                 self._fan_out.check_engine(rank, shapes)
         await self._use(self._relaying)
+        self.pool.watch()
         log.info("weight sync: %s", self.plan.describe())
 
     async def _use(self, plan: TransferPlan) -> None:
@@ -69,19 +70,20 @@ class WeightSync:
         """
         if self._point is None:
             await self.connect()
-        everyone = self.pool.alive == set(range(self.plan.replicas))
-        best = self._relaying if everyone else self._fan_out
-        if best is not self.plan:
-            await self._use(best)
+        while (best := self._relaying if self._all_alive() else self._fan_out) is not self.plan:
+            await self._use(best)  # an engine may die in it
         try:
             await self._round(version)
         except WeightSyncError:
-            if self.plan is self._fan_out or self.pool.alive == set(range(self.plan.replicas)):
+            if self.plan is self._fan_out or self._all_alive():
                 raise
             log.warning("an engine that relayed weights died: every engine gets them from the trainer now")
             await self._use(self._fan_out)
             await self._round(version)
         self.version = version
+
+    def _all_alive(self) -> bool:
+        return len(self.pool.alive) == self.plan.replicas
 
     async def _round(self, version: int, joining: tuple[int, Any] | None = None) -> None:
         """`joining`: only this engine (index, handle), which is not in the pool yet."""

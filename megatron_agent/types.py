@@ -90,7 +90,7 @@ class Turn:
     observation_token_ids: list[int] = field(default_factory=list)
     observation_images: list[ImageRef] = field(default_factory=list)
     observation_text: str = ""
-    tool_call: ToolCall | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
     tool_reward: float = 0.0
 
 
@@ -150,7 +150,7 @@ class Trajectory:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        return [turn.tool_call for turn in self.turns if turn.tool_call is not None]
+        return [call for turn in self.turns for call in turn.tool_calls]
 
     @property
     def text(self) -> str:

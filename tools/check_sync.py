@@ -1,6 +1,8 @@
 """Do synced engines say what engines say that loaded the same weights from disk? Real Megatron ranks, real vLLM.
 
-    python tools/check_sync.py --hf DIR [--train one,tp2,pp2,tp2pp2,dp2] [--rollout tp1,tp2,2xtp1]
+    python tools/check_sync.py --hf DIR [--train one,tp2,pp2,tp2pp2,dp2] [--rollout tp1,tp2,2xtp1] [--transport gloo]
+
+(rollouts: also tp2data, with the whole vision tower on both ranks, and 3xtp1relay, engines that pass weights on.)
 
 Some Adam steps make new weights, which are saved and exported as a Hugging Face folder. For every pair of layouts the trainer
 first syncs the old weights, then loads the new ones and syncs those; after each sync greedy answers to prompts with and
@@ -39,7 +41,7 @@ from megatron_agent.sync import WeightSync
 from megatron_agent.training.actor import Actor, TrainingConfig
 from megatron_agent.training.hf_export import read_family
 from megatron_agent.training.loss import Supervised
-from megatron_agent.types import ImageRef, TrainSample
+from megatron_agent.types import TRANSPORTS, ImageRef, TrainSample
 
 TRAINERS = {
     "one": {},
@@ -49,7 +51,13 @@ TRAINERS = {
     "dp2": {"data_parallel": 2},
     "tp4": {"tensor_parallel": 4},
 }
-ROLLOUTS = {"tp1": (1, 1), "tp2": (2, 1), "2xtp1": (1, 2)}  # tensor-parallel size, engines
+ROLLOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"tensor_parallel": 2},
+    "2xtp1": {"num_engines": 2},
+    "tp2data": {"tensor_parallel": 2, "mm_encoder_tp_mode": "data"},
+    "3xtp1relay": {"num_engines": 3, "weight_relay": "always"},
+}
 NUM_TOKENS = 24
 Prompt = tuple[list[int], list[ImageRef]]
 
@@ -85,33 +93,37 @@ class Workshop:
     scratch: Path
     store: ImageStore
     prompts: list[Prompt]
+    transport: str = "auto"
 
     @property
     def config(self) -> RunConfig:
         config = RunConfig()
         config.model.path = str(self.hf)
         config.model.family = type(self.family).model_type  # type: ignore[attr-defined]
-        config.rollout = RolloutConfig(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, cpu_kvcache_gib=1)
         return config
+
+    def rollout(self, options: dict[str, Any]) -> RolloutConfig:
+        return RolloutConfig(
+            max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, weight_transport=self.transport, **options
+        )
 
     @property
     def family(self) -> ModelFamily:
         return read_family(self.hf)
 
-    async def trainer(self, name: str, rollout: tuple[int, int]) -> tuple[Actor, RunConfig]:
+    async def trainer(self, name: str, rollout: dict[str, Any]) -> tuple[Actor, RunConfig]:
         config = self.config
         config.training = TrainingConfig(**TRAINERS[name], max_tokens_per_microbatch=512)
         config.training.layout = self.family.balanced(config.training.layout)
-        config.rollout.tensor_parallel, config.rollout.num_engines = rollout
+        config.rollout = self.rollout(rollout)
         actor = Actor(cluster.start_workers(config, self.store), config.training)
         await actor.set_up(config.model.family, str(self.hf), 0, config.vision)
         await actor.reset_optimizer(1e-3, 1.0)
         return actor, config
 
-    async def engines(self, rollout: tuple[int, int], path: Path) -> list[Any]:
+    async def engines(self, rollout: dict[str, Any], path: Path) -> list[Any]:
         config = self.config
-        config.model.path = str(path)
-        config.rollout.tensor_parallel, config.rollout.num_engines = rollout
+        config.model.path, config.rollout = str(path), self.rollout(rollout)
         return cluster.start_engines(config, self.store)
 
     async def answers(self, engine: Any) -> list[list[int]]:
@@ -123,7 +135,7 @@ class Workshop:
         """-> a training checkpoint after some steps, and the same weights as a Hugging Face folder."""
         config = self.config
         config.output_dir, config.checkpoint.export_hf = str(self.scratch), True
-        actor, _ = await self.trainer("one", (1, 1))
+        actor, _ = await self.trainer("one", {})
         for _ in range(4):
             await actor.update(samples_of(self.prompts), Supervised(), 1e-2)
         saves = Checkpoints(config)
@@ -145,17 +157,17 @@ async def compare(shop: Workshop, trainers: list[str], rollouts: list[str]) -> i
     checkpoint, exported = await shop.new_weights()
     print(f"new weights in {exported}; {time.monotonic() - began_s:.0f} s", flush=True)
     for rollout in rollouts:
-        size, count = ROLLOUTS[rollout]
+        layout = ROLLOUTS[rollout]
         expected = []
         for path in (shop.hf, exported):
-            (engine,) = await shop.engines((size, 1), path)
+            (engine,) = await shop.engines({**layout, "num_engines": 1}, path)
             expected.append((await shop.answers(engine), await engine.checksums.remote()))
             stop([engine])
         assert expected[0] != expected[1], "the new weights are the old ones: the comparison would say nothing"
-        engines = await shop.engines((size, count), shop.hf)
+        engines = await shop.engines(layout, shop.hf)
         version = 0
         for name in trainers:
-            actor, config = await shop.trainer(name, (size, count))
+            actor, config = await shop.trainer(name, layout)
             sync = WeightSync(config, shop.family, actor, EnginePool(engines))
             for round_, which in enumerate(("old", "new")):
                 if which == "new":
@@ -180,6 +192,7 @@ def main() -> int:
     parser.add_argument("--hf", type=Path, required=True)
     parser.add_argument("--train", default="one,tp2,pp2,tp2pp2,dp2")
     parser.add_argument("--rollout", default="tp1,tp2,2xtp1")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="auto")
     options = parser.parse_args()
     trainers, rollouts = options.train.split(","), options.rollout.split(",")
     for given, known in ((trainers, TRAINERS), (rollouts, ROLLOUTS)):
@@ -190,7 +203,7 @@ def main() -> int:
     family = read_family(options.hf)
     cluster.start_ray()
     try:
-        shop = Workshop(options.hf.absolute(), scratch, store, prompts_of(family, store))
+        shop = Workshop(options.hf.absolute(), scratch, store, prompts_of(family, store), options.transport)
         return int(asyncio.run(compare(shop, trainers, rollouts)) > 0)
     finally:
         cluster.stop_ray()

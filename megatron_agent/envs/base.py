@@ -6,43 +6,22 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from PIL import Image
 
 from megatron_agent import registry
-from megatron_agent.data.images import IMAGE_MARKER, ImageStore, PixelLimits, content_items
-from megatron_agent.envs.functional import bind, last_tagged, parse_call, printable, tool_schema
+from megatron_agent.data.images import IMAGE_MARKER, ImageStore, PixelLimits
+from megatron_agent.envs.functional import between, bind, last_tagged, parse_call, printable, tool_schema
+from megatron_agent.envs.observation import Observation, StepResult, checked, failed_step, from_chat, sound
 from megatron_agent.errors import ConfigError, DataError, EnvError
-from megatron_agent.types import ImageRef, Message, Task, ToolCall
+from megatron_agent.types import ImageRef, Task, ToolCall
 
 logger = logging.getLogger(__name__)
 VISION_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass
-class Observation:
-    """What the model is shown after a tool call: messages with one `{"type": "image"}` item per picture, in order."""
-
-    messages: list[Message] = field(default_factory=list)
-    images: list[ImageRef] = field(default_factory=list)
-    text: str = ""  # for logs and the viewer
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """`rendered_text` is set where a tool rendered its observation itself: raw text with chat-template tokens, to be
-    tokenised to the letter, with one `<image>` per picture of `observation.images`; `observation.messages` is then empty.
-    """
-
-    observation: Observation | None
-    rendered_text: str | None
-    reward: float
-    done: bool
-    tool_call: ToolCall | None
 
 
 class ToolBase:
@@ -54,25 +33,41 @@ class ToolBase:
 
     name: str = ""
     runs_inline: ClassVar[bool] = False  # never waits, takes a few ms at most: called on the event loop, without deadline
+    stop: ClassVar[tuple[str, ...]] = ()  # strings that end a turn in this env, beside `agent.custom_stop`
+    answer_role: ClassVar[str] = "tool"  # of the messages that answer a call, errors too
     config: Any
 
     @dataclass
     class Config:
         """Options of the tool in the run's `env:` section."""
 
-    def __init__(self, _name: object = None, _desc: object = None, _params: object = None, **kwargs: Any) -> None:
+    def __init__(self, name: Any = None, description: Any = None, parameters: Any = None, **kwargs: Any) -> None:
+        self.name = name or type(self).name
+        self.description, self.parameters = description or "", parameters or {}
         self.config = kwargs.get("config") or type(self).Config()
 
     def reset(self, raw_prompt: Any, multi_modal_data: Any, origin_multi_modal_data: Any, **kwargs: Any) -> None:
-        """Called once per episode: chat messages, the pictures as shown, the original pictures."""
+        """Called once per episode: chat messages, the pictures as shown, the original pictures.
+
+        `kwargs["extra_info"]` is what the dataset's row says beside them (`agent.tool_meta_key`).
+        """
 
     def execute(self, action_string: str, **kwargs: Any) -> tuple[Any, float, bool, dict[str, Any]]:
         """Called after every generation with its text."""
         raise NotImplementedError(f"{type(self).__name__} does not define execute")
 
     def schemas(self) -> list[dict[str, Any]]:
-        """OpenAI's function schemas of what the model may call."""
-        return []
+        """OpenAI's function schemas of what the model may call: here the one that was given as `parameters`."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return [{"type": "function", "function": function}] if self.parameters else []
+
+    def close(self) -> None:
+        """Called once at the end of an episode, however it ended."""
+
+
+def extract_tool_call_contents(start_token: str, end_token: str, text: str) -> list[str]:
+    """The helper that DeepEyes' tools import together with ToolBase: what stands between each pair of tokens."""
+    return between(text, start_token, end_token)
 
 
 def model_function(function: F) -> F:
@@ -85,28 +80,53 @@ class PictureTool(ToolBase):
     """A tool whose functions are typed methods and whose pictures are references.
 
     `image_refs` are the pictures that the model has seen, the task's first; the session adds those of every observation.
+    How a call is written, and which of a turn's calls are carried out, is what a class may choose: see `parse`, `carry_out`.
     """
 
     runs_inline: ClassVar[bool] = True  # a tool that asks a service or computes for long sets it False
     argument_aliases: ClassVar[dict[str, str]] = {}
+    call_tags: ClassVar[tuple[str, str]] = ("<tool_call>", "</tool_call>")
+    ends_without_call: ClassVar[bool] = True  # False: the model is told to call or to answer, and the episode goes on
 
     def reset(self, raw_prompt: Any, multi_modal_data: Any, origin_multi_modal_data: Any, **kwargs: Any) -> None:
         self.image_refs: list[ImageRef] = kwargs["image_refs"]
         self.store: ImageStore = kwargs["store"]
 
     def execute(self, action_string: str, **kwargs: Any) -> tuple[Any, float, bool, dict[str, Any]]:
-        """An answer, or no tool call at all, ends the episode; otherwise the last call is carried out."""
-        call = last_tagged(action_string, "tool_call")
-        if call is None or last_tagged(action_string, "answer") is not None:
+        """An answer, or no tool call at all, ends the episode; otherwise calls are carried out."""
+        calls = between(action_string, *self.call_tags)
+        if last_tagged(action_string, "answer") is not None or (not calls and self.ends_without_call):
             return None, 0.0, True, {}
+        no_call = EnvError(f"there is neither a call in {''.join(self.call_tags)} nor an answer in <answer></answer>")
+        done = self.carry_out(calls) if calls else [self.failed(self.name, no_call)]
+        observation = Observation(
+            [message for answer, _ in done for message in answer.messages],
+            [ref for answer, _ in done for ref in answer.images],
+            "\n".join(answer.text for answer, _ in done),
+        )
+        return observation, 0.0, False, {"tool_calls": [call for _, call in done]}
+
+    def carry_out(self, calls: Sequence[str]) -> list[tuple[Observation, ToolCall]]:
+        """The calls of one turn, at least one, as the model wrote them; the last one counts. See `call`."""
+        return [self.call(calls[-1])]
+
+    def call(self, text: str) -> tuple[Observation, ToolCall]:
+        """One call as the model wrote it; what is wrong with it becomes the answer."""
         name = self.name
         try:
-            name, arguments = parse_call(call)
-            observation, tool_call = self._call(name, arguments)
+            name, arguments = self.parse(text)
+            return self._call(name, arguments)
         except (EnvError, DataError) as error:
-            failed = failed_step(name, error)
-            return failed.observation, 0.0, False, {"tool_call": failed.tool_call}
-        return observation, 0.0, False, {"tool_call": tool_call}
+            return self.failed(name, error)
+
+    def parse(self, call: str) -> tuple[str, dict[str, Any]]:
+        """A call as the model wrote it -> (function, arguments). Raises EnvError."""
+        return parse_call(call)
+
+    def failed(self, name: str, error: Exception) -> tuple[Observation, ToolCall]:
+        step = failed_step(name, error, self.answer_role)
+        assert step.observation is not None
+        return step.observation, step.tool_calls[0]
 
     def functions(self) -> dict[str, Callable[..., tuple[Observation, ToolCall]]]:
         members = {name: getattr(self, name) for name in dir(type(self)) if not name.startswith("_")}
@@ -138,13 +158,13 @@ class EnvSession:
         """Start an episode. A tool that cannot start answers every step with the error."""
         self.image_refs, self._reset_error = list(task.images), None
         try:
-            prompt = copy.deepcopy(list(task.messages))
+            prompt, meta = copy.deepcopy(list(task.messages)), copy.deepcopy(task.extra_info)
             if isinstance(self.tool, PictureTool):
-                self.tool.reset(prompt, {}, {}, image_refs=self.image_refs, store=self.store)
+                self.tool.reset(prompt, {}, {}, image_refs=self.image_refs, store=self.store, extra_info=meta)
             else:
                 shown = {"image": [self.store.picture(ref) for ref in task.images]}
                 originals = {"image": [self.store.original(ref.source).copy() for ref in task.images]}
-                self.tool.reset(prompt, shown, originals)
+                self.tool.reset(prompt, shown, originals, extra_info=meta)
         except Exception as error:  # foreign code: see step
             logger.warning("env %s cannot start on %s", self.tool.name, task.task_id, exc_info=True)
             self._reset_error = error
@@ -159,12 +179,19 @@ class EnvSession:
         except Exception as error:  # the tool is foreign code and may raise anything; the run goes on
             level = logging.DEBUG if isinstance(error, EnvError) else logging.WARNING
             logger.log(level, "env %s failed", self.tool.name, exc_info=True)
-            result = failed_step(self.tool.name, error)
+            result = failed_step(self.tool.name, error, self.tool.answer_role)
         if result.observation is not None:
             self.image_refs += result.observation.images
-        if result.tool_call is None:
-            return result
-        return replace(result, tool_call=replace(result.tool_call, seconds=time.monotonic() - started_s))
+        share_s = (time.monotonic() - started_s) / max(len(result.tool_calls), 1)
+        calls = tuple(replace(call, seconds=share_s) for call in result.tool_calls)
+        return replace(result, tool_calls=calls)
+
+    def close(self) -> None:
+        """The episode is over; the session takes no further step."""
+        try:
+            self.tool.close()
+        except Exception:  # foreign code: see step
+            logger.warning("env %s cannot be closed", self.tool.name, exc_info=True)
 
     def _step_result(self, returned: Any) -> StepResult:
         if not isinstance(returned, tuple) or len(returned) != 4:
@@ -177,36 +204,36 @@ class EnvSession:
             )
         has_observation = raw is not None and (isinstance(raw, Observation) or bool(raw))
         if done:  # the episode is over: the model will not see what was returned
-            return StepResult(None, None, reward, True, self._tool_call(info) if has_observation else None)
+            return StepResult(None, None, reward, True, self._tool_calls(info) if has_observation else ())
         if not has_observation:
             raise EnvError("the tool returned no observation and did not end the episode")
         observation, rendered_text = self._observation(raw)
-        return StepResult(observation, rendered_text, reward, False, self._tool_call(info))
+        return StepResult(observation, rendered_text, reward, False, self._tool_calls(info))
 
-    def _tool_call(self, info: dict[str, Any]) -> ToolCall:
-        given = info.get("tool_call")
-        if isinstance(given, ToolCall):
-            return given
-        error = str(info.get("error") or "")
+    def _tool_calls(self, info: dict[str, Any]) -> tuple[ToolCall, ...]:
+        given = info.get("tool_calls") or (info.get("tool_call"),)
+        if isinstance(given, (list, tuple)) and all(isinstance(call, ToolCall) for call in given):
+            return tuple(sound(call) for call in given)
+        error = printable(str(info.get("error") or ""))
         ok = not error and info.get("status") != "failed"
-        return ToolCall(str(info.get("tool_used") or self.tool.name), ok, error)
+        return (ToolCall(printable(str(info.get("tool_used") or self.tool.name)), ok, error),)
 
     def _observation(self, raw: Any) -> tuple[Observation, str | None]:
         if isinstance(raw, Observation):
-            return _checked(raw, None)
+            return checked(replace(from_chat(raw.messages, list(raw.images)), text=raw.text), None, self.store)
         if isinstance(raw, str):
-            return _checked(Observation(text=raw), raw)
+            return checked(Observation(text=raw), raw, self.store)
         if isinstance(raw, list):
-            return _checked(_from_chat(raw, []), None)
+            return checked(from_chat(raw, []), None, self.store)
         if not isinstance(raw, dict):
             raise EnvError(f"the tool returned an observation of type {type(raw).__name__}; allowed: text, chat list, dict")
         pictures = (raw.get("multi_modal_data") or {}).get("image") or []
         images = [self._image_ref(picture) for picture in pictures]
         if raw.get("prompt"):
             text = str(raw["prompt"]).replace(VISION_PLACEHOLDER, IMAGE_MARKER)
-            return _checked(Observation(images=images, text=text), text)
+            return checked(Observation(images=images, text=text), text, self.store)
         if raw.get("chat"):
-            return _checked(_from_chat(raw["chat"], images), None)
+            return checked(from_chat(raw["chat"], images), None, self.store)
         raise EnvError(f"the tool returned a dict with neither 'prompt' nor 'chat': {', '.join(map(str, raw))}")
 
     def _image_ref(self, picture: Any) -> ImageRef:
@@ -233,45 +260,6 @@ def make_session(env_name: str, configs: dict[str, Any], store: ImageStore, limi
         tool = tool_class(None, None, None, **options)
     except (TypeError, ValueError, OSError, ImportError, RuntimeError) as error:
         raise ConfigError(f"env {env_name!r} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(tool, ToolBase):
+        raise ConfigError(f"env {env_name!r} is a {type(tool).__name__}; an env is a class that inherits ToolBase")
     return EnvSession(tool, store, limits)
-
-
-def failed_step(name: str, error: Exception) -> StepResult:
-    """The error as a tool message to the model, and as a ToolCall that is counted."""
-    reason = printable(str(error) or type(error).__name__)
-    text = f"Error: {reason}"
-    observation = Observation([{"role": "tool", "content": text}], [], text)
-    return StepResult(observation, None, 0.0, False, ToolCall(printable(name), False, reason))
-
-
-def _from_chat(chat: Any, images: list[ImageRef]) -> Observation:
-    messages: list[Message] = []
-    for message in chat:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise EnvError(f"the tool returned a chat message without a role: {message!r:.100}")
-        content = message.get("content")
-        if isinstance(content, str) and IMAGE_MARKER in content:
-            content = content_items(content)
-        if not isinstance(content, (str, list)):
-            raise EnvError(f"the tool returned a chat message without content: {message!r:.100}")
-        messages.append({"role": message["role"], "content": content})
-    return Observation(messages, images, "\n".join(_shown_text(message) for message in messages))
-
-
-def _shown_text(message: Message) -> str:
-    content = message["content"]
-    if not isinstance(content, list):
-        return str(content)
-    return "".join(IMAGE_MARKER if item["type"] == "image" else str(item.get("text", "")) for item in content)
-
-
-def _checked(observation: Observation, rendered_text: str | None) -> tuple[Observation, str | None]:
-    """Every picture must have its place in the text: the token row is built from it. Raises EnvError."""
-    if rendered_text is not None:
-        num_places = rendered_text.count(IMAGE_MARKER)
-    else:
-        contents = [message["content"] for message in observation.messages]
-        num_places = sum(item["type"] == "image" for content in contents if isinstance(content, list) for item in content)
-    if num_places != len(observation.images):
-        raise EnvError(f"the tool returned {len(observation.images)} pictures and {num_places} places for them")
-    return observation, rendered_text

@@ -17,30 +17,62 @@ MAX_SHOWN_CHARS = 300
 _JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 
 
+def between(text: str, start: str, end: str) -> list[str]:
+    """What stands in every `start...end`; a start that is followed by another before its end does not count."""
+    start, end = re.escape(start), re.escape(end)
+    return re.findall(rf"{start}((?:(?!{start}).)*?){end}", text, re.DOTALL)
+
+
 def last_tagged(text: str, tag: str) -> str | None:
     """What stands in the last `<tag>...</tag>`; an opening tag that is followed by another does not count."""
-    found = re.findall(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>", text, re.DOTALL)
+    found = between(text, f"<{tag}>", f"</{tag}>")
     return found[-1] if found else None
 
 
 def printable(text: str) -> str:
-    """Text that may echo the model's own, safe to tokenise: no special token, no picture marker, not long."""
+    """Text that may echo the model's own, safe to tokenise and to write: no special token, no picture marker, no lone
+    surrogate (JSON can spell one), not long."""
     text = text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
-    return text.replace("<|", "< |").replace("<image>", "< image>")
+    return text.encode(errors="replace").decode().replace("<|", "< |").replace("<image>", "< image>")
+
+
+def json_value(text: str, what: str = "the tool call") -> Any:
+    """Raises EnvError that says what is wrong with the JSON of `what`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EnvError(f"{what} is not valid JSON: {error}") from error
 
 
 def parse_call(call: str) -> tuple[str, dict[str, Any]]:
-    """`{"name": ..., "arguments": {...}}` -> (name, arguments). Raises EnvError that says what is wrong."""
-    try:
-        value = json.loads(call)
-    except (ValueError, RecursionError) as error:
-        raise EnvError(f"the tool call is not valid JSON: {error}") from error
+    """`{"name": ..., "arguments": {...}}` -> (name, arguments). Raises EnvError that says what is wrong.
+
+    The arguments may be a text of JSON, as they are in OpenAI's messages.
+    """
+    value = json_value(call)
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise EnvError('a tool call is {"name": ..., "arguments": {...}}')
     arguments = value.get("arguments", {})
+    arguments = json_value(arguments, "the text of the arguments") if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
         raise EnvError(f"the arguments of {value['name']} must be a JSON object, not {arguments!r}")
     return value["name"], arguments
+
+
+def parse_flat_call(call: str, default_name: str) -> tuple[str, dict[str, Any]]:
+    """`{"function": ..., <argument>: ...}`, or a list that begins with it -> (function, arguments).
+
+    The function may be called `name` too, or be left out. Raises EnvError.
+    """
+    value = json_value(call)
+    value = value[0] if isinstance(value, list) and value else value
+    if not isinstance(value, dict):
+        raise EnvError(f'a call is {{"function": "{default_name}", ...}} with the arguments beside the function')
+    function, name = value.pop("function", None), value.pop("name", None)
+    function = function or name or default_name
+    if not isinstance(function, str):
+        raise EnvError(f"the function must be a text, got {function!r}")
+    return function, value
 
 
 def bind(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class TurnRecord:
     weight_version_first: int | None
     weight_version_last: int | None
     stop_reason: str
-    tool_call: ToolCall | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
     tool_reward: float | None = 0.0
     observation_images: list[ImageRef] = field(default_factory=list)
 
@@ -115,7 +115,7 @@ def _to_record(turn: Turn) -> TurnRecord:
         weight_version_first=turn.weight_versions[0] if turn.weight_versions else None,
         weight_version_last=turn.weight_versions[-1] if turn.weight_versions else None,
         stop_reason=turn.stop_reason,
-        tool_call=turn.tool_call,
+        tool_calls=list(turn.tool_calls),
         tool_reward=rounded(turn.tool_reward),
         observation_images=list(turn.observation_images),
     )
@@ -124,8 +124,8 @@ def _to_record(turn: Turn) -> TurnRecord:
 def _from_json(row: dict) -> Transcript:
     turns = []
     for turn in row["turns"]:
-        call = turn["tool_call"]
-        turn["tool_call"] = ToolCall(**_with_boxes(call, "box_px", "shown_box_px")) if call else None
+        calls = turn["tool_calls"]
+        turn["tool_calls"] = [ToolCall(**_with_boxes(call, "box_px", "shown_box_px")) for call in calls]
         turn["observation_images"] = _images(turn["observation_images"])
         turns.append(TurnRecord(**turn))
     return Transcript(**{**row, "turns": turns, "images": _images(row["images"])})

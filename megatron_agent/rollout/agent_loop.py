@@ -143,7 +143,7 @@ class _Episode:
             if session is None:
                 return Status.ANSWERED
             result = await self._step(session, turn.text)
-            turn.tool_reward, turn.tool_call = result.reward, result.tool_call
+            turn.tool_reward, turn.tool_calls = result.reward, list(result.tool_calls)
             if result.done:
                 return Status.ANSWERED
             if turn_index == last_turn:
@@ -191,8 +191,8 @@ class _Episode:
             return await self.tools.call(session, _step_seeing, session, self.images, action_text)
         except EnvError as error:
             failed, late = failed_step(self.task.env_name, error), isinstance(error, ToolDeadlineError)
-        assert failed.tool_call is not None
-        return replace(failed, tool_call=replace(failed.tool_call, seconds=self.tools.timeout_s if late else 0.0))
+        (call,) = failed.tool_calls
+        return replace(failed, tool_calls=(replace(call, seconds=self.tools.timeout_s if late else 0.0),))
 
     def _observe(self, turn: Turn, result: StepResult) -> bool:
         """Append the observation to the row; False when it does not fit (then nothing is appended)."""
@@ -206,8 +206,8 @@ class _Episode:
             images, text = [], "Error: the tool's answer holds tokens that stand for pictures and cannot be shown"
             message: Message = {"role": "tool", "content": text}
             token_ids = self.renderer.observation([message], [], self._ended_by_eos(turn))
-            call = turn.tool_call or ToolCall(name=self.task.env_name, ok=False)
-            turn.tool_call = replace(call, ok=False, error=str(error))
+            calls = turn.tool_calls or [ToolCall(name=self.task.env_name, ok=False)]
+            turn.tool_calls = [replace(call, ok=False, error=str(error)) for call in calls]
         full = len(self.row) + len(token_ids) + MIN_TURN_TOKENS > self.max_model_len
         if full or len(self.images) + len(images) > self.agent.max_vllm_images:
             return False

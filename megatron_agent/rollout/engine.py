@@ -6,6 +6,7 @@ that actor, so preparing requests and stepping the model overlap. The configurat
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import itertools
 import logging
@@ -32,6 +33,7 @@ WORKER_EXTENSION = "megatron_agent.rollout.worker_extension.WorkerExtension"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENCODER_BUDGET_FACTOR = 16
 CACHE_MISS_ATTEMPTS = 3  # a sync that clears vLLM's picture caches can overtake a request that was already prepared
+LOOK_EVERY_S = 2.0
 BANNED_LOGIT_BIAS = -100.0  # the largest that vLLM takes; e^-100 is never sampled
 
 
@@ -285,6 +287,14 @@ class Engine:
     async def is_alive(self) -> bool:
         """Whether vLLM's processes still serve; after False every request would fail."""
         return not self.llm.errored
+
+    async def until_dead(self) -> None:
+        """Returns when vLLM's processes do not serve any more; where this process itself dies, Ray tells the caller."""
+        while await self.is_alive():
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def stats(self) -> dict[str, float]:
         """Counts since the start, and the share of prompt tokens that the prefix cache had."""

@@ -38,6 +38,7 @@ class EnginePool:
         self._handles = dict(enumerate(handles))
         self._restart, self._restarts_left = restart, dict.fromkeys(self._handles, max_restarts)
         self._coming_back: dict[int, asyncio.Task[None]] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
         self.on_restart: Callable[[int, Any], Awaitable[None]] | None = None
         self.num_restarts = 0
         self._tokens_in_flight = dict.fromkeys(self._handles, 0)
@@ -99,6 +100,21 @@ class EnginePool:
         if self._restart is not None and self._restarts_left[index]:
             self._coming_back[index] = asyncio.create_task(self._bring_back(index, handle))
 
+    def watch(self) -> None:
+        """Notice the death of an engine that nobody asks anything, too."""
+        for index, handle in self._handles.items():
+            self._watch(index, handle)
+
+    def _watch(self, index: int, handle: Any) -> None:
+        async def until_dead() -> None:
+            answer = await _ask(index, handle.until_dead, ())
+            if self._handles.get(index) is handle:
+                self._drop(index, answer or EngineError("vLLM's processes do not serve any more"))
+
+        watcher = asyncio.create_task(until_dead())
+        self._watchers.add(watcher)  # the event loop holds tasks weakly
+        watcher.add_done_callback(self._watchers.discard)
+
     async def _bring_back(self, index: int, dead: Any) -> None:
         """Start an engine again until it serves or may not be started any more."""
         import ray
@@ -119,6 +135,7 @@ class EnginePool:
                     dead = handle
                 else:
                     self._handles[index] = handle
+                    self._watch(index, handle)
                     self.num_restarts += 1
                     logger.warning("rollout engine %d serves again", index)
                     return
@@ -138,24 +155,31 @@ class EnginePool:
                 raise answer
             return
         _, failures = await self._all("sync_weights", lambda _: (update, version))
+        await self._part_with_the_dead(failures, f"the sync of weights {version}")
+
+    async def init_weight_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+        """`infos[i]` is what the receivers of engine i need. One that has died is left out.
+
+        Raises WeightSyncError when a living engine fails, EngineError when no engine is left.
+        """
+        _, failures = await self._all("init_weight_transfer", lambda index: (infos[index],))
+        await self._part_with_the_dead(failures, "the start of weight transfer")
+
+    async def _part_with_the_dead(self, failures: dict[int, MegatronAgentError], when: str) -> None:
         for index, error in failures.items():
             if not await self._is_alive(index):
                 self._drop(index, error)
             elif isinstance(error, WeightSyncError):
                 raise error
             else:
-                raise WeightSyncError(f"rollout engine {index}, weights of version {version}: {error}")
+                raise WeightSyncError(f"rollout engine {index}, in {when}: {error}")
         if not self._handles:
             reasons = "; ".join(str(error) for error in failures.values())
-            raise EngineError(f"every rollout engine has died, in the sync of weights {version}: {reasons}")
+            raise EngineError(f"every rollout engine has died, in {when}: {reasons}")
 
     async def started(self) -> None:
         """Until every engine has started. Raises EngineError, saying why, when one has not."""
         await self._all_well("is_alive", lambda _: ())
-
-    async def init_weight_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
-        """`infos[i]` is what the receivers of engine i need. Raises EngineError when an engine has not started."""
-        await self._all_well("init_weight_transfer", lambda index: (infos[index],))
 
     async def places(self) -> list[list[tuple[str, str]]]:
         """(host, device) of every worker of every engine. Raises EngineError when one has not started."""
@@ -200,7 +224,7 @@ async def _ask(index: int, method: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Ray's report on one line, from the error itself on: the traceback of the actor stays in its log."""
-    lines = str(error).splitlines()
+    """Ray's report on one line, from the error itself on, without its guesses: the actor's traceback stays in its log."""
+    lines = str(error).partition(" Some common causes")[0].splitlines()
     starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
     return " ".join(" ".join(lines[starts[-1] if starts else 0 :]).split())

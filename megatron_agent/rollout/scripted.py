@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def scripted_generate(task: Task, renderer: ChatRenderer) -> Generate:
-    """One string of the task's script per turn, ended as the model ends its turns; log-probs are 0.
+    """One string of the task's script per turn, ended as the model's turns end: by a stop string that the text ends with,
+    otherwise by the end-of-turn token; log-probs are 0.
 
     A turn that asks for more than its token budget comes back cut, as the model's would. Raises DataError when the
     episode outlasts the script.
@@ -27,7 +28,9 @@ def scripted_generate(task: Task, renderer: ChatRenderer) -> Generate:
             raise DataError(
                 f"script of {task.task_id}: it has {len(task.script)} turns and its episode goes on; its last turn must answer"
             )
-        whole = [*renderer.encode(text), renderer.end_of_turn_id]
+        whole = renderer.encode(text)
+        if not text.endswith(sampling.stop):
+            whole.append(renderer.end_of_turn_id)
         token_ids = whole[: sampling.max_tokens]
         reason = "stop" if len(token_ids) == len(whole) else "length"
         return Generation(token_ids, [0.0] * len(token_ids), [0] * len(token_ids), reason)

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -26,8 +27,9 @@ def score(reward, trajectory):
     return asyncio.run(reward.score(trajectory, trajectory.task))
 
 
-def episode(*texts, status=Status.ANSWERED):
-    turns = [Turn([1], [0.0], [0], text, "stop", tool_call=ToolCall("zoom", True)) for text in texts]
+def episode(*texts, status=Status.ANSWERED, env_reward=0.0):
+    turns = [Turn([1], [0.0], [0], text, "stop", tool_calls=[ToolCall("zoom", True)]) for text in texts]
+    turns[-1:] = [replace(turn, tool_reward=env_reward) for turn in turns[-1:]]
     return Trajectory(TASK, 0, [1], turns, status)
 
 
@@ -57,9 +59,10 @@ def test_any_trajectory(name, texts, status):
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_right_is_worth_more_than_wrong_and_wrong_no_less_than_nothing(name):
-    reward = registry.resolve("rewards", name)()
+    """What is right the text says, or the environment by its own reward."""
+    reward, ends = registry.resolve("rewards", name)(), {"<answer>red</answer>": 1.0, "<answer>blue</answer>": 0.0, "": 0.0}
     right, wrong, nothing = (
-        score(reward, episode(f"<think>a</think>{end}")).total for end in ("<answer>red</answer>", "<answer>blue</answer>", "")
+        score(reward, episode(f"<think>a</think>{end}", env_reward=paid)).total for end, paid in ends.items()
     )
     assert right > wrong >= nothing
 

@@ -35,7 +35,7 @@ def test_sections_of_components():
         ({"algorithm_name": "grpo"}, "unknown key 'algorithm_name'"),
         ({"training": {"qqqq": 1}}, r"unknown key 'training\.qqqq'\. Known: tensor_parallel"),
         ({"algorithm": {"name": "gpro"}}, "algorithms: unknown name 'gpro'; did you mean 'grpo'"),
-        ({"env": {"visual_toolbox": {}}}, "envs: unknown name 'visual_toolbox'; did you mean 'visual_toolbox_v2'"),
+        ({"env": {"visual_tolbox_v2": {}}}, "envs: unknown name 'visual_tolbox_v2'; did you mean 'visual_toolbox_v2'"),
     ],
 )
 def test_unknown_keys_name_the_nearest(tree, message):

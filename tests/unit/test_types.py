@@ -40,7 +40,7 @@ def test_another_recipe_has_another_key(change):
 def test_a_trajectory_is_its_row():
     task = Task("t", "s", (), (REF,), "", "", "")
     crop = replace(REF, rotation_deg=0)
-    first = Turn([3], [-0.1], [1], "a", "stop", [4, 5], [crop], tool_call=ToolCall("zoom", True), tool_reward=0.5)
+    first = Turn([3], [-0.1], [1], "a", "stop", [4, 5], [crop], tool_calls=[ToolCall("zoom", True)], tool_reward=0.5)
     second = Turn([6, 7], [-0.1, -0.2], [1, 2], "b", "stop", tool_reward=-0.2)
     trajectory = Trajectory(task, 0, [1, 2], [first, second])
     assert trajectory.token_ids == [1, 2, 3, 4, 5, 6, 7] and trajectory.prompt_token_ids == [1, 2]

@@ -44,13 +44,20 @@ class PictureView:
 
 
 @dataclass(frozen=True)
+class CallView:
+    """A tool call; `number` counts through the episode, `iou` is that with the true region."""
+
+    call: ToolCall
+    number: int
+    iou: float | None
+
+
+@dataclass(frozen=True)
 class TurnView:
     segments: list[tuple[str, str]]  # (kind, text)
     num_tokens: int
     stop_reason: str
-    call: ToolCall | None
-    call_number: int
-    call_iou: float | None
+    calls: list[CallView]
     observation_text: str
     crops: list[PictureView]
 
@@ -107,7 +114,7 @@ def _section(title: str, trajectories: Sequence[Trajectory], store: ImageStore) 
     views = [_episode(trajectory, store) for trajectory in trajectories]
     totals = [view.total for view in views if view.total is not None]
     ious = [view.iou or 0.0 for view in views if view.has_target]
-    used = sum(any(turn.call for turn in view.turns) for view in views)
+    used = sum(any(turn.calls for turn in view.turns) for view in views)
     facts = [f"{len(views)} episodes", f"tool called in {used}"]
     facts += [f"mean reward {sum(totals) / len(totals):.2f}"] if totals else []
     facts += [f"mean IoU {sum(ious) / len(ious):.2f}"] if ious else []
@@ -138,7 +145,7 @@ def _episode(trajectory: Trajectory, store: ImageStore) -> EpisodeView:
         parts=[(name, value, scored.weights[name]) for name, value in scored.parts.items()] if scored else [],
         total=scored.total if scored else None,
         unscored=reward.reason if isinstance(reward, Unscored) else "" if scored else "not scored",
-        iou=max((turn.call_iou for turn in turns if turn.call_iou is not None), default=None),
+        iou=max((call.iou for turn in turns for call in turn.calls if call.iou is not None), default=None),
         has_target=target is not None,
     )
 
@@ -147,21 +154,23 @@ def _turns(trajectory: Trajectory, crops: Sequence[PictureView], target: Region 
     turns: list[TurnView] = []
     next_crop, num_calls = 0, 0
     for turn in trajectory.turns:
-        call, first_crop = turn.tool_call, next_crop
+        first_crop, first_number = next_crop, num_calls + 1
         next_crop += len(turn.observation_images)
-        num_calls += call is not None
+        num_calls += len(turn.tool_calls)
         view = TurnView(
             segments=segments(turn.text),
             num_tokens=len(turn.token_ids),
             stop_reason=turn.stop_reason,
-            call=call,
-            call_number=num_calls,
-            call_iou=iou(call.box_px, target) if call and call.box_px and target else None,
+            calls=[_call_view(call, number, target) for number, call in enumerate(turn.tool_calls, first_number)],
             observation_text=turn.observation_text,
             crops=list(crops[first_crop:next_crop]),
         )
         turns.append(view)
     return turns
+
+
+def _call_view(call: ToolCall, number: int, target: Region | None) -> CallView:
+    return CallView(call, number, iou(call.box_px, target) if call.box_px and target else None)
 
 
 def _picture(ref: ImageRef, store: ImageStore, boxes: list[BoxView], is_crop: bool) -> PictureView:

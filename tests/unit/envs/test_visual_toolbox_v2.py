@@ -47,7 +47,7 @@ def test_zoom_cuts_from_the_original(start, store):
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     assert result.observation.messages == [{"role": "tool", "content": content}] and prompt
     assert (result.reward, result.done, result.rendered_text) == (0.0, False, None)
-    tool_call = result.tool_call
+    tool_call = result.tool_calls[0]
     assert (tool_call.name, tool_call.ok, tool_call.error, tool_call.image_index) == ("image_zoom_in_tool", True, "", 0)
     assert (tool_call.box_px, tool_call.shown_box_px) == ((16, 16, 96, 96), (4, 4, 24, 24))
     expected = store.original(source).crop((16, 16, 96, 96)).resize((84, 84), Image.Resampling.BICUBIC)
@@ -60,15 +60,15 @@ def test_no_user_prompt(start):
 
 
 def test_boxes_are_clipped(start):
-    tool_call = start().step(call(bbox_2d=[-5, 40.5, 30.25, 1e9])).tool_call
+    tool_call = start().step(call(bbox_2d=[-5, 40.5, 30.25, 1e9])).tool_calls[0]
     assert tool_call.shown_box_px == (0, 40, 31, 56) and tool_call.box_px == (0, 162, 121, 224)
 
 
 def test_original_space(start):
     session = start(coordinate_space="original")
-    tool_call = session.step(call(bbox_2d=[17, 16, 96, 999])).tool_call
+    tool_call = session.step(call(bbox_2d=[17, 16, 96, 999])).tool_calls[0]
     assert tool_call.box_px == (17, 16, 96, 224) and tool_call.shown_box_px == (4, 4, 24, 56)
-    assert session.step(call(bbox_2d=[10, 10, 50, 50], image_index=1)).tool_call.box_px == (27, 26, 67, 66)
+    assert session.step(call(bbox_2d=[10, 10, 50, 50], image_index=1)).tool_calls[0].box_px == (27, 26, 67, 66)
     assert "within 224 x 224 pixels" in session.step(call(bbox_2d=[300, 0, 400, 9])).observation.text
 
 
@@ -76,17 +76,17 @@ def test_original_space(start):
 def test_a_crop_of_a_crop(start, key):
     session = start()
     session.step(call(bbox_2d=[4, 4, 24, 24]))  # shown at 84 x 84, 80 x 80 px of the original
-    tool_call = session.step(call(bbox_2d=[21, 42, 63, 84], **{key: 1})).tool_call
+    tool_call = session.step(call(bbox_2d=[21, 42, 63, 84], **{key: 1})).tool_calls[0]
     assert (tool_call.image_index, tool_call.box_px) == (1, (36, 56, 76, 96))
-    assert session.step(call(bbox_2d=[4, 4, 24, 24])).tool_call.box_px == (16, 16, 96, 96)
+    assert session.step(call(bbox_2d=[4, 4, 24, 24])).tool_calls[0].box_px == (16, 16, 96, 96)
 
 
 def test_rotate_then_zoom(start):
     session = start()
     result = session.step(call("image_rotate_tool", angle=90))
-    assert result.observation.images[0].rotation_deg == 90 and result.tool_call.shown_box_px is None
-    assert result.tool_call.box_px == (0, 0, 224, 224) and result.observation.images[0].width_px == 224
-    tool_call = session.step(call(bbox_2d=[0, 0, 56, 112], image_index=1)).tool_call
+    assert result.observation.images[0].rotation_deg == 90 and result.tool_calls[0].shown_box_px is None
+    assert result.tool_calls[0].box_px == (0, 0, 224, 224) and result.observation.images[0].width_px == 224
+    tool_call = session.step(call(bbox_2d=[0, 0, 56, 112], image_index=1)).tool_calls[0]
     assert tool_call.box_px == (112, 0, 224, 56)
     assert session.step(call("image_rotate_tool", angle=-450)).observation.images[0].rotation_deg == 270
 
@@ -104,12 +104,12 @@ def test_rotation_can_be_switched_off(start):
 ])  # fmt: skip
 def test_the_end(start, text):
     result = start().step(text)
-    assert result.done and result.observation is None and result.tool_call is None and result.reward == 0.0
+    assert result.done and result.observation is None and result.tool_calls == () and result.reward == 0.0
 
 
 def test_the_last_call_counts(start):
     text = call(bbox_2d=[0, 0, 9, 9]) + call(bbox_2d=[10, 10, 20, 20])
-    assert start().step(text).tool_call.shown_box_px == (10, 10, 20, 20)
+    assert start().step(text).tool_calls[0].shown_box_px == (10, 10, 20, 20)
 
 
 @pytest.mark.parametrize(("text", "name", "why"), [
@@ -137,14 +137,14 @@ def test_wrong_calls_are_told(start, text, name, why):
     result = session.step(text)
     assert why in result.observation.text and result.observation.text.startswith("Error: ")
     assert result.observation.messages == [{"role": "tool", "content": result.observation.text}]
-    assert (result.done, result.tool_call.ok, result.tool_call.name) == (False, False, name)
-    assert result.tool_call.error == result.observation.text.removeprefix("Error: ") and len(session.image_refs) == 1
+    assert (result.done, result.tool_calls[0].ok, result.tool_calls[0].name) == (False, False, name)
+    assert result.tool_calls[0].error == result.observation.text.removeprefix("Error: ") and len(session.image_refs) == 1
 
 
 def test_thin_boxes(start):
     result = start(min_side_px=0, max_aspect_ratio=10).step(call(bbox_2d=[0, 0, 2, 21]))
     assert "2 x 21 pixels is too thin; at most 10 to 1" in result.observation.text
-    assert start(min_side_px=0, max_aspect_ratio=10).step(call(bbox_2d=[0, 0, 2, 20])).tool_call.ok
+    assert start(min_side_px=0, max_aspect_ratio=10).step(call(bbox_2d=[0, 0, 2, 20])).tool_calls[0].ok
 
 
 def test_no_picture_at_all(store):

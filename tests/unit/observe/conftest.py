@@ -49,7 +49,7 @@ def make_episode(store: ImageStore) -> Callable[..., Trajectory]:
             observation_token_ids=[9, 9],
             observation_images=[crop],
             observation_text="Here is the crop & more.",
-            tool_call=call,
+            tool_calls=[call],
             tool_reward=0.1,
         )
         answer = Turn([5, 6], [-0.1, float("nan")], [5, 5], "<answer>red</answer>", "stop")

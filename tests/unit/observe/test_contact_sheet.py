@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from megatron_agent.data.images import ImageStore
 from megatron_agent.observe.viewer.contact_sheet import iou, segments, shown_region, target_region, write_contact_sheet
-from megatron_agent.types import ImageRef, Trajectory
+from megatron_agent.types import ImageRef, ToolCall, Trajectory
 
 VOID = {"meta", "img"}
 
@@ -79,6 +80,19 @@ def test_boxes_lie_where_the_tool_looked(tmp_path: Path, store: ImageStore, make
     assert targets[0]["style"] == "left: 50.00%; top: 50.00%; width: 16.67%; height: 25.00%"
     assert targets[1]["style"] == "left: 25.00%; top: 25.00%; width: 50.00%; height: 50.00%"  # seen again in the crop
     assert "IoU 0.25" in page.text
+
+
+def test_several_calls_of_a_turn_are_numbered_through(
+    tmp_path: Path, store: ImageStore, make_episode: Callable[..., Trajectory]
+) -> None:
+    episode = make_episode()
+    failed = ToolCall("turn", False, "no <angle>")
+    episode.turns[0].tool_calls.append(failed)
+    episode.turns[1].tool_calls.append(replace(failed, name="third"))
+    write_contact_sheet(tmp_path / "a.html", [("after", [episode])], store, "t")
+    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert [attrs["class"] for attrs in page.named("span", "tag")] == ["tag call-0", "tag call-1", "tag call-2"]
+    assert page.text.count("no <angle>") == 2 and "tool called in 1" in page.text
 
 
 def test_episode_without_turns_reward_or_pictures(

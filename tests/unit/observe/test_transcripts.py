@@ -24,7 +24,7 @@ def test_transcript_round_trip(tmp_path: Path, make_episode: Callable[..., Traje
     assert record.reward_parts == {"accuracy": 1.0, "format": -0.5} and record.reward_total == 0.7 and record.unscored == ""
     assert back[1].reward_total is None and back[1].unscored == "judge is down"
     assert (look.num_tokens, look.mean_logprob, look.weight_version_first, look.weight_version_last) == (3, -0.5, 4, 5)
-    assert look.tool_call == episodes[0].turns[0].tool_call
+    assert look.tool_calls == episodes[0].turns[0].tool_calls
     assert look.observation_images == episodes[0].turns[0].observation_images
     assert answer.mean_logprob is None  # NaN has no place in JSON
     assert record.images == list(episodes[0].task.images)

@@ -18,7 +18,7 @@ def episode(*texts, status=Status.ANSWERED, ok=True):
     """All turns but the last call a tool."""
     turns = [Turn([1], [0.0], [0], text, "stop") for text in texts]
     for turn in turns[:-1]:
-        turn.tool_call = ToolCall("image_zoom_in_tool", ok)
+        turn.tool_calls = [ToolCall("image_zoom_in_tool", ok)]
     return Trajectory(TASK, 0, [1], turns, status)
 
 

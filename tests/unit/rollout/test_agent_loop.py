@@ -40,12 +40,12 @@ class ToolSession:
         self.seen.append(len(self.image_refs))
         time.sleep(self.seconds)
         if "red" in action_text:
-            return StepResult(None, None, 0.5, True, None)
+            return StepResult(None, None, 0.5, True)
         content = [{"type": "image"} for _ in self.images] + [{"type": "text", "text": self.text}]
         messages = [] if self.rendered_text else [{"role": "tool", "content": content}]
         observation = Observation(messages, list(self.images), self.text)
         self.image_refs += self.images
-        return StepResult(observation, self.rendered_text, 0.25, False, ToolCall("zoom", True, seconds=0.01))
+        return StepResult(observation, self.rendered_text, 0.25, False, (ToolCall("zoom", True, seconds=0.01),))
 
 
 def says_in_turn(renderer, *script):

@@ -13,7 +13,7 @@ def task(name, env_name="", **extra_info):
 
 
 def turn(num_tokens, call=None):
-    return Turn([1] * num_tokens, [0.0] * num_tokens, [0] * num_tokens, "", "stop", tool_call=call)
+    return Turn([1] * num_tokens, [0.0] * num_tokens, [0] * num_tokens, "", "stop", tool_calls=[call] if call else [])
 
 
 class SampleIndexReward:

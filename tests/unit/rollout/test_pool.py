@@ -19,7 +19,7 @@ class Handle:
     def __init__(self, name, gate=None):
         self.name, self.gate, self.alive, self.rows, self.versions = name, gate, True, [], []
         self.generate, self.sync_weights = Remote(self._generate), Remote(self._sync)
-        self.is_alive = Remote(self._is_alive)
+        self.is_alive, self.until_dead = Remote(self._is_alive), Remote(self._until_dead)
 
     async def _generate(self, row, images, sampling):
         if not self.alive:
@@ -33,6 +33,9 @@ class Handle:
         if not self.alive:
             raise RayActorError
         self.versions.append((update, version))
+
+    async def _until_dead(self):
+        await asyncio.sleep(3600)
 
     async def _is_alive(self):
         if not self.alive:
@@ -141,13 +144,13 @@ def test_an_engine_that_does_not_start_says_why_on_one_line():
     class Stillborn(Handle):
         def __init__(self, name):
             super().__init__(name)
-            self.init_weight_transfer = Remote(self._init)
+            self.is_alive = Remote(self._start)
 
-        async def _init(self, info):
+        async def _start(self):
             raise died
 
     with pytest.raises(EngineError) as caught:
-        asyncio.run(EnginePool([Stillborn(0)]).init_weight_transfer([{}]))
+        asyncio.run(EnginePool([Stillborn(0)]).started())
     why = "megatron_agent.errors.EngineError: vLLM did not start: no memory"
     assert str(caught.value) == f"rollout engine 0 died: {why}"
 

@@ -1,0 +1,103 @@
+"""Make the game example: `python -m examples.frozenlake.prepare_data --seed 0 --out data/frozenlake/seed0`.
+
+Every row is a frozen lake of 4 x 4 cells, named by a seed: the prompt shows the map that the environment will play. The ice
+is not slippery. Written below the output folder, from the seed alone:
+
+- `model/`: a Qwen2.5 of under a million parameters with random weights (../tiny_text.py).
+- `warmup.parquet`: scripted walks for a supervised warm start. Each turn says what lies to the right and below, as it
+  is, and then goes right or down by the toss of a coin, into holes too.
+- `train.parquet`: lakes for reinforcement learning, without scripts. Reward has to teach to go around holes.
+- `heldout.parquet`: other lakes.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from examples.tiny_text import prepare, write_rows, write_text_model
+from megatron_agent.envs.frozenlake import make_map, place
+from megatron_agent.envs.grid_game import HEADING, show
+
+SIZE, FROZEN = 4, 0.8
+SYSTEM = "Walk to G, not into H."
+PROTOCOL = ["<action>", "</action>"]
+WARMUP_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 600, 800, 200
+EDGE = "edge"
+
+
+def make_row(lines: list[str], seed: int) -> dict:
+    return {
+        "data_source": "frozenlake",
+        "prompt": [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": f"{HEADING}\n{show(place(lines, 0))}"},
+        ],
+        "env_name": "frozenlake",
+        "ability": "planning",
+        "reward_model": {"style": "env", "ground_truth": "goal"},
+        "extra_info": {"question": "Walk to G.", "seed": seed, "size": SIZE, "p": FROZEN},
+    }
+
+
+def turn(right: str, below: str, move: str) -> str:
+    return f"<think> {right} {below}</think><action> {move}</action>"
+
+
+def walk(lines: list[str], rng: np.random.Generator) -> list[str]:
+    """The turns of a walk that goes right or down by chance until it ends, in a hole or at the goal."""
+
+    def cell(row: int, column: int) -> str:
+        return lines[row][column] if max(row, column) < SIZE else EDGE
+
+    script, row, column = [], 0, 0
+    while lines[row][column] not in "HG":
+        right, below = cell(row, column + 1), cell(row + 1, column)
+        move = str(rng.choice([name for name, to in (("right", right), ("down", below)) if to != EDGE]))
+        script.append(turn(right, below, move))
+        row, column = (row, column + 1) if move == "right" else (row + 1, column)
+    return script
+
+
+def vocabulary_texts() -> list[str]:
+    """Everything that is said, for the tokenizer to learn as whole words."""
+    board = f"{HEADING}\n" + show(["FHGP"] * 2) + "\nF\nH\nG\nP"
+    moves = [turn("F H G", EDGE, move) for move in ("left", "down", "right", "up")]
+    errors = "Error: end your turn with one of <action>left</action>, <action>down</action>, <action>right</action>"
+    return ["system\n", "user\n", "assistant\n", SYSTEM, board, *moves, errors]
+
+
+def write_all(folder: Path, seed: int) -> None:
+    """Write model and rows below a folder that exists and is empty."""
+    rng = np.random.default_rng(seed)
+    write_text_model(folder / "model", vocabulary_texts(), PROTOCOL, seed)
+    first_seed = int(rng.integers(2**31))
+    lakes = ((first_seed + i, make_map(SIZE, FROZEN, first_seed + i)) for i in range(10**9))
+    shown: set[tuple[str, ...]] = set()
+
+    def new_rows(count: int, scripted: bool = False) -> list[dict]:
+        """Rows of lakes that no row has shown before, of this file or another."""
+        rows: list[dict] = []
+        while len(rows) < count:
+            lake_seed, lines = next(lakes)
+            if tuple(lines) not in shown:
+                shown.add(tuple(lines))
+                rows.append(make_row(lines, lake_seed) | ({"script": walk(lines, rng)} if scripted else {}))
+        return rows
+
+    write_rows(folder / "warmup.parquet", new_rows(WARMUP_ROWS, scripted=True))
+    write_rows(folder / "train.parquet", new_rows(TRAIN_ROWS))
+    write_rows(folder / "heldout.parquet", new_rows(HELDOUT_ROWS))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="default: data/frozenlake/seed<SEED>")
+    args = parser.parse_args()
+    out = args.out or Path(f"data/frozenlake/seed{args.seed}")
+    print(("wrote " if prepare(out, args.seed, [Path(__file__)], write_all) else "kept ") + str(out))
+
+
+if __name__ == "__main__":
+    main()
