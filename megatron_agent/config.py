@@ -7,13 +7,11 @@ Parsing imports none of ray, vllm, megatron (tests/test_configs.py).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -21,11 +19,12 @@ from megatron_agent import registry
 from megatron_agent.data.dataset import DataConfig
 from megatron_agent.errors import ConfigError
 from megatron_agent.observe.boards import ObserveConfig
+from megatron_agent.options import coerce, component_config, reject_unknown, require
 from megatron_agent.rollout.agent_loop import AgentConfig
 from megatron_agent.rollout.engine import RolloutConfig
+from megatron_agent.rollout.rollouts import of_env
 from megatron_agent.training.actor import TrainingConfig, VisionSection
 
-T = TypeVar("T")
 COMPONENTS = {"reward": ("rewards", "vl_agent"), "algorithm": ("algorithms", "grpo")}  # section -> folder, default name
 
 
@@ -134,11 +133,6 @@ class RunConfig:
         return 1 + algorithm.needs_critic + bool(algorithm.teacher_path)
 
 
-def require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
-
-
 def check_across_sections(config: RunConfig) -> None:
     training, rollout = config.training, config.rollout
     require(
@@ -159,6 +153,9 @@ def check_across_sections(config: RunConfig) -> None:
         f"rollout.dtype={rollout.dtype!r} differs from training.dtype={training.dtype!r}, in which weights are sent; "
         f"give the same to both",
     )
+    for name, env in rollout.per_env.items():
+        registry.resolve("envs", name)
+        of_env(config.agent, env)
     if training.num_steps:
         check_sampling(rollout)
     require(
@@ -183,11 +180,12 @@ def check_sampling(rollout: RolloutConfig) -> None:
         f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: the trainer's log-probs are of the full "
         f"distribution; training needs top_p=1 and top_k=0",
     )
-    require(
-        not rollout.ban_special_tokens,
-        "rollout.ban_special_tokens: the trainer's log-probs are of the full distribution and know nothing of the ban; "
-        "set it to false for training",
-    )
+    for name, env in rollout.per_env.items():
+        require(
+            env.temperature in (None, rollout.temperature) and env.top_p in (None, 1) and env.top_k in (None, 0),
+            f"rollout.per_env.{name}: the trainer takes log-probs of all rows at rollout.temperature={rollout.temperature} and "
+            f"of the full distribution; training needs the same here",
+        )
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -244,76 +242,13 @@ def parse(tree: dict) -> RunConfig:
         components[section] = component_config(kind, name, options, section)
         components[f"{section}_name"] = name
     sections = {f.name: f for f in dataclasses.fields(RunConfig) if f.name not in components}
-    _reject_unknown(tree, [*sections, "env", "reward", "algorithm"], "")
+    reject_unknown(tree, [*sections, "env", "reward", "algorithm"], "")
     hints = typing.get_type_hints(RunConfig)
     values = {}
     for name, value in tree.items():
         is_empty = value is None and dataclasses.is_dataclass(hints[name])  # a section written without options
-        values[name] = _coerce(hints[name], {} if is_empty else value, name)
+        values[name] = coerce(hints[name], {} if is_empty else value, name)
     return RunConfig(**values, **components)
-
-
-def component_config(kind: str, name: object, options: object, where: str) -> Any:
-    """The Config of the component `name`, filled from its options (None: none)."""
-    require(isinstance(name, str), f"{where}: a name is text, got {name!r}")
-    assert isinstance(name, str)
-    component = registry.resolve(kind, name)
-    require(hasattr(component, "Config"), f"{where}: {name!r} has no Config class")
-    return build(component.Config, {} if options is None else options, where)
-
-
-def build(cls: type[T], options: object, where: str) -> T:
-    """Fill dataclass `cls` from a mapping, checking names and types. Raises ConfigError naming `where.key`."""
-    require(isinstance(options, dict), f"{where}: expected a mapping of options, got {options!r}")
-    assert isinstance(options, dict)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    _reject_unknown(options, list(fields), where)
-    hints = typing.get_type_hints(cls)
-    values = {name: _coerce(hints[name], value, f"{where}.{name}") for name, value in options.items()}
-    try:
-        return cls(**values)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _reject_unknown(options: dict, known: list[str], where: str) -> None:
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            shown = f"{where}.{key}" if where else str(key)
-            raise ConfigError(f"unknown key {shown!r}{hint or '.'} Known: {', '.join(known)}")
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _coerce(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)  # type: ignore[arg-type]
-    if origin in (list, tuple):
-        require(isinstance(value, (list, tuple)), f"{where}: expected a list, got {value!r}")
-        return origin(_coerce(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict or hint is dict:
-        require(isinstance(value, dict), f"{where}: expected a mapping, got {value!r}")
-        return {k: _coerce(arguments[1], v, f"{where}.{k}") if arguments else v for k, v in value.items()}
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number: float | None = float(value)  # YAML 1.1 reads 1e-6 as a string
-        except (ValueError, OverflowError):
-            number = None
-        if number is not None:
-            require(math.isfinite(number), f"{where}: expected a finite number, got {value!r}")
-            return number
-    elif type(value) is hint:
-        return value
-    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r} ({type(value).__name__})")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class EngineError(MegatronAgentError, RuntimeError):
     """A rollout engine died or refused a request."""
 
 
+class RequestLostError(EngineError):
+    """The engines could not carry out one request, and others they can: its trajectory ends, the run goes on."""
+
+
 class WeightSyncError(MegatronAgentError, RuntimeError):
     """Weights did not arrive as they were sent; generation must not go on."""
 

@@ -16,8 +16,8 @@ from megatron_agent.types import Task, Trajectory, TrajectoryGroup
 
 
 async def evaluate(rollouts: Rollouts, tasks: Sequence[Task]) -> tuple[dict[str, float], list[Trajectory]]:
-    """Greedy episodes of `tasks` -> metrics (accuracy, tool_rate, iou, ...) and the trajectories."""
-    trajectories = await rollouts.greedy(tasks)
+    """Episodes of `tasks`, sampled as `rollout.validation` says -> metrics (accuracy, tool_rate, iou, ...) and trajectories."""
+    trajectories = await rollouts.validate(tasks)
     return rollout_metrics([TrajectoryGroup(t.task, [t]) for t in trajectories]), trajectories
 
 

@@ -142,23 +142,26 @@ class Stages:
             missing = self.config.training.prompts_per_step - len(kept)
             if not missing:
                 break
-            for group in await self._sample(stream.next(missing), step):
+            for group in await self._sample(stream.next(self.rollouts.num_wanted(missing)), step, missing):
                 (kept if algorithm.keep_group(scored_samples([group])) else refused).append(group)
         return kept, refused
 
-    async def _sample(self, tasks: list[Task], step: int) -> list[TrajectoryGroup]:
-        groups = await self.rollouts.sample(tasks, step)
+    async def _sample(self, tasks: list[Task], step: int, num_groups: int) -> list[TrajectoryGroup]:
+        groups = await self.rollouts.sample(tasks, step, num_groups)
         if not self.algorithm.needs_greedy:
             return groups
         greedy = await self.rollouts.greedy([group.task for group in groups])
         return [replace(group, greedy=one) for group, one in zip(groups, greedy, strict=True)]
 
 
-def make_learner(config: RunConfig, store: ImageStore, with_training: bool = True) -> Learner:
+def make_learner(
+    config: RunConfig, store: ImageStore, banned_token_ids: tuple[int, ...] = (), with_training: bool = True
+) -> Learner:
     """The policy's ranks and, where training needs them, a critic's and a teacher's; not set up yet."""
     training = config.training
     algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
-    learner = Learner(Actor(cluster.start_workers(config, store), training), algorithm)
+    workers = cluster.start_workers(config, store)
+    learner = Learner(Actor(workers, training, banned_token_ids=banned_token_ids), algorithm)
     if not with_training:
         return learner
     if algorithm.needs_critic:
@@ -166,7 +169,9 @@ def make_learner(config: RunConfig, store: ImageStore, with_training: bool = Tru
     if (family := teacher_family(config)) is not None:
         its_training = replace(training, stage_layers=[])
         its_training.layout = family.balanced(its_training.layout)
-        learner.teacher = Actor(cluster.start_workers(config, store, its_training.layout), its_training, frozen="all")
+        workers = cluster.start_workers(config, store, its_training.layout)
+        workers = cluster.start_workers(config, store, its_training.layout)
+        learner.teacher = Actor(workers, its_training, "all", banned_token_ids)
     return learner
 
 
@@ -190,10 +195,11 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
 
     The engines take longer; a warm start may run meanwhile.
     """
-    learner = make_learner(config, store, with_training=data.train is not None)
+    renderer = family.renderer(config.agent.vl_model_path or config.model.path)
+    banned = tuple(sorted(renderer.reserved_ids)) if config.rollout.ban_special_tokens else ()
+    learner = make_learner(config, store, banned, with_training=data.train is not None)
     restart = functools.partial(cluster.start_engine, config, store)
     pool = EnginePool(cluster.start_engines(config, store), restart, config.rollout.max_restarts)
-    renderer = family.renderer(config.agent.vl_model_path or config.model.path)
     reward = registry.resolve("rewards", config.reward_name)(config.reward)
     rollouts = Rollouts(pool, renderer, store, reward, config.agent, config.rollout, config.env, config.seed)
     stages = Stages(config, data, learner, rollouts, WeightSync(config, family, learner.actor, pool))

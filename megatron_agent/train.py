@@ -54,11 +54,14 @@ async def train(config: RunConfig) -> Progress:
                             await progress.save(parts)
                     if is_due(step, config.evaluation.every_steps) and step < config.training.num_steps:
                         await evaluate_all(parts, progress, "between", boards, stop)
+                await parts.rollouts.close()
                 await progress.save(parts)
                 await evaluate_all(parts, progress, "after", boards, stop)
             except (StopRequested, EngineError):  # the trainer is whole
                 await progress.save(parts, wait=True)
                 raise
+            finally:  # episodes that were carried over, while there is still a Ray to cancel them in
+                await parts.rollouts.close()
             await parts.checkpoints.finish(parts.learner)
             write_report(config, progress, store)
             boards.note(f"done: {config.folder}/summary.json, curves.png, trajectories.html")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Box: TypeAlias = tuple[int, int, int, int]  # (left, top, right, bottom), right and bottom exclusive
+BANNED_LOGIT_BIAS = -100.0  # on a banned token's logit, here and in vLLM (its largest bias): e^-100 is never sampled
 Message: TypeAlias = dict[str, object]  # one chat message as Hugging Face's chat templates take it
 
 
@@ -63,6 +64,17 @@ class Status(str, enum.Enum):
     LENGTH = "length"  # the last turn hit single_response_max_tokens
     EMITTED_PLACEHOLDER = "emitted_placeholder"  # the model wrote an image placeholder itself
     ABORTED = "aborted"
+    ENGINE_LOST = "engine_lost"  # engines kept dying under it, or could not carry out its request
+    UNSCORED = "unscored"  # it came to an end, and then could not be judged
+
+
+class LossUse(str, enum.Enum):
+    """What becomes of a scored trajectory in the loss; which end means what is the run's choice (agent.on_status)."""
+
+    KEEP = "keep"  # trained on as scored
+    MASK = "mask"  # its reward counts in its group's baseline, its tokens in no loss
+    PENALISE = "penalise"  # as keep, its reward lowered by agent.status_penalty
+    DROP = "drop"  # left out of its group altogether
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,7 @@ class Trajectory:
     status: Status = Status.ABORTED
     reward: RewardParts | Unscored | None = None
     seconds: float = 0.0
+    loss_use: LossUse = LossUse.KEEP
 
     @property
     def token_ids(self) -> list[int]:
@@ -238,6 +251,7 @@ class MicroBatch:
     reference: ReferenceHead | None = None  # for the divergence over the whole vocabulary
     wants_hidden: bool = False  # the last stage gives the targets' hidden states [R, h] in place of log-probs
     temperature: float = 1.0  # at which the targets were sampled: log-probs are of that distribution
+    banned_token_ids: tuple[int, ...] = ()  # under the ban of these (BANNED_LOGIT_BIAS)
 
     @property
     def num_tokens(self) -> int:

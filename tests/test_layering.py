@@ -14,11 +14,12 @@ PACKAGE = Path(__file__).parents[1] / "megatron_agent"
 
 # Of our own package, what a file or folder may import besides itself. The longest key that fits a file holds; files at
 # the top that know every stage (train, sft, stages, checkpoints, ...: see the test of rooms) have no entry.
-FLOOR = {"types", "errors", "registry", "balance"}
+FLOOR = {"types", "errors", "registry", "options", "balance"}
 OURS = {
     "types": set(),
     "errors": set(),
     "registry": {"errors"},
+    "options": {"errors", "registry"},
     "balance": set(),
     "reaper": set(),
     "data": FLOOR,

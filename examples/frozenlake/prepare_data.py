@@ -7,10 +7,11 @@ is not slippery. Written below the output folder, from the seed alone:
 - `warmup.parquet`: scripted walks for a supervised warm start. Each turn says what lies to the right and below, as it
   is, and then goes right or down by the toss of a coin, into holes too.
 - `train.parquet`: lakes for reinforcement learning, without scripts. Reward has to teach to go around holes.
-- `heldout.parquet`: other lakes.
+- `heldout.parquet`: lakes that are in neither of the others.
 """
 
 import argparse
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from megatron_agent.envs.grid_game import HEADING, show
 SIZE, FROZEN = 4, 0.8
 SYSTEM = "Walk to G, not into H."
 PROTOCOL = ["<action>", "</action>"]
-WARMUP_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 600, 800, 200
+WARMUP_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 4000, 800, 200
 EDGE = "edge"
 
 
@@ -71,23 +72,14 @@ def write_all(folder: Path, seed: int) -> None:
     """Write model and rows below a folder that exists and is empty."""
     rng = np.random.default_rng(seed)
     write_text_model(folder / "model", vocabulary_texts(), PROTOCOL, seed)
-    first_seed = int(rng.integers(2**31))
-    lakes = ((first_seed + i, make_map(SIZE, FROZEN, first_seed + i)) for i in range(10**9))
-    shown: set[tuple[str, ...]] = set()
-
-    def new_rows(count: int, scripted: bool = False) -> list[dict]:
-        """Rows of lakes that no row has shown before, of this file or another."""
-        rows: list[dict] = []
-        while len(rows) < count:
-            lake_seed, lines = next(lakes)
-            if tuple(lines) not in shown:
-                shown.add(tuple(lines))
-                rows.append(make_row(lines, lake_seed) | ({"script": walk(lines, rng)} if scripted else {}))
-        return rows
-
-    write_rows(folder / "warmup.parquet", new_rows(WARMUP_ROWS, scripted=True))
-    write_rows(folder / "train.parquet", new_rows(TRAIN_ROWS))
-    write_rows(folder / "heldout.parquet", new_rows(HELDOUT_ROWS))
+    lakes = ((make_map(SIZE, FROZEN, lake_seed), lake_seed) for lake_seed in count(int(rng.integers(2**31))))
+    heldout = list(islice(lakes, HELDOUT_ROWS))
+    shown = {tuple(lines) for lines, _ in heldout}
+    others = (lake for lake in lakes if tuple(lake[0]) not in shown)
+    warmup = [make_row(*lake) | {"script": walk(lake[0], rng)} for lake in islice(others, WARMUP_ROWS)]
+    write_rows(folder / "warmup.parquet", warmup)
+    write_rows(folder / "train.parquet", [make_row(*lake) for lake in islice(others, TRAIN_ROWS)])
+    write_rows(folder / "heldout.parquet", [make_row(*lake) for lake in heldout])
 
 
 def main() -> None:

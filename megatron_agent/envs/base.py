@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import time
@@ -35,6 +36,7 @@ class ToolBase:
     runs_inline: ClassVar[bool] = False  # never waits, takes a few ms at most: called on the event loop, without deadline
     stop: ClassVar[tuple[str, ...]] = ()  # strings that end a turn in this env, beside `agent.custom_stop`
     answer_role: ClassVar[str] = "tool"  # of the messages that answer a call, errors too
+    workers: ClassVar[str] = "thread"  # where calls run: "thread", or "process" (then the tool must pickle between calls)
     config: Any
 
     @dataclass
@@ -164,7 +166,9 @@ class EnvSession:
             else:
                 shown = {"image": [self.store.picture(ref) for ref in task.images]}
                 originals = {"image": [self.store.original(ref.source).copy() for ref in task.images]}
-                self.tool.reset(prompt, shown, originals, extra_info=meta)
+                # By name, and nothing more than is asked for: so DeepEyes calls it, and some tools count on either.
+                more = {"extra_info": meta} if _takes(self.tool.reset, "extra_info") else {}
+                self.tool.reset(raw_prompt=prompt, multi_modal_data=shown, origin_multi_modal_data=originals, **more)
         except Exception as error:  # foreign code: see step
             logger.warning("env %s cannot start on %s", self.tool.name, task.task_id, exc_info=True)
             self._reset_error = error
@@ -245,6 +249,11 @@ class EnvSession:
         if not isinstance(data, bytes):
             raise EnvError(f"the tool returned a picture of type {type(picture).__name__}; allowed: PIL pictures, bytes")
         return self.store.put(data, self.limits)
+
+
+def _takes(function: Callable[..., Any], keyword: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return keyword in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def make_session(env_name: str, configs: dict[str, Any], store: ImageStore, limits: PixelLimits) -> EnvSession | None:

@@ -50,6 +50,7 @@ class GridGame(ToolBase):
     """
 
     runs_inline: ClassVar[bool] = True
+    answer_role: ClassVar[str] = "user"
     actions: ClassVar[dict[str, int]]  # what the model writes -> the environment's action
     looks: ClassVar[dict[str, Look]]  # of every symbol of the board
     config: GridConfig
@@ -78,7 +79,7 @@ class GridGame(ToolBase):
         cells, is_text = self.cells(), self.config.observation == "text"
         content = f"{error}{HEADING}\n{show(cells) if is_text else '<image>'}"
         pictures = [] if is_text else [draw(cells, self.looks, self.config.cell_px)]
-        return {"chat": [{"role": "user", "content": content}], "multi_modal_data": {"image": pictures}}
+        return {"chat": [{"role": self.answer_role, "content": content}], "multi_modal_data": {"image": pictures}}
 
 
 def show(cells: Sequence[Sequence[str]]) -> str:

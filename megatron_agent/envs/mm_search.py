@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_agent.envs.base import ToolBase
-from megatron_agent.envs.functional import last_tagged
-from megatron_agent.envs.search import between
+from megatron_agent.envs.functional import between, last_tagged
 from megatron_agent.envs.service import ServiceConfig, is_web_address, quoted, service_of
 from megatron_agent.errors import ConfigError, EnvError
 
@@ -48,13 +47,13 @@ class MmSearch(ToolBase):
 
     config: Config
 
-    def __init__(self, _name: object = None, _desc: object = None, _params: object = None, **kwargs: Any) -> None:
-        super().__init__(_name, _desc, _params, **kwargs)
+    def __init__(self, name: Any = None, description: Any = None, parameters: Any = None, **kwargs: Any) -> None:
+        super().__init__(name, description, parameters, **kwargs)
         self.service = service_of(self.config)
 
     def execute(self, action_string: str, **kwargs: Any) -> tuple[Any, float, bool, dict[str, Any]]:
         """Results of a search, or else screenshots; a turn that answers, or asks nothing, ends the episode."""
-        queries, addresses = between(action_string, SEARCH), between(action_string, BROWSE)
+        queries, addresses = ([asked.strip() for asked in between(action_string, *tags)] for tags in (SEARCH, BROWSE))
         if not (queries or addresses) or last_tagged(action_string, "answer") is not None:
             return None, 0.0, True, {}
         if queries:

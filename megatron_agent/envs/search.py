@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_agent.envs.base import ToolBase
-from megatron_agent.envs.functional import last_tagged
+from megatron_agent.envs.functional import between, last_tagged
 from megatron_agent.envs.service import ServiceConfig, quoted, service_of
 from megatron_agent.errors import ConfigError, EnvError
 
@@ -35,12 +34,6 @@ class SearchConfig(ServiceConfig):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
 
 
-def between(text: str, tags: tuple[str, str]) -> list[str]:
-    """What stands between each opening tag and the next closing one, stripped."""
-    start, end = map(re.escape, tags)
-    return [found.strip() for found in re.findall(f"{start}((?:(?!{start}).)*?){end}", text, re.DOTALL)]
-
-
 class SearchTool(ToolBase):
     """A retriever that is asked between `query_tags`; its documents come back as raw text, in the middle of the model's
     turn, not as a message. A retriever that fails is an error in the documents' place."""
@@ -49,13 +42,13 @@ class SearchTool(ToolBase):
     document_tags: ClassVar[tuple[str, str]]
     config: SearchConfig
 
-    def __init__(self, _name: object = None, _desc: object = None, _params: object = None, **kwargs: Any) -> None:
-        super().__init__(_name, _desc, _params, **kwargs)
+    def __init__(self, name: Any = None, description: Any = None, parameters: Any = None, **kwargs: Any) -> None:
+        super().__init__(name, description, parameters, **kwargs)
         self.service = service_of(self.config)
 
     def execute(self, action_string: str, **kwargs: Any) -> tuple[Any, float, bool, dict[str, Any]]:
         """Documents of every query of the turn; a turn that answers, or asks nothing, ends the episode."""
-        queries = between(action_string, self.query_tags)
+        queries = [query.strip() for query in between(action_string, *self.query_tags)]
         if not queries or last_tagged(action_string, "answer") is not None:
             return None, 0.0, True, {}
         try:

@@ -123,7 +123,8 @@ def is_web_address(text: str) -> bool:
 
 def quoted(text: str, max_chars: int, tags: tuple[str, ...] = ()) -> str:
     """Text from outside at most `max_chars` long, safe to stand in a token row: it spells no special token, no picture
-    marker, and none of `tags`, with which it could end its own quotation."""
+    marker, no lone surrogate, and none of `tags`, with which it could end its own quotation."""
+    text = text.encode(errors="replace").decode()
     for token in ("<|", "<image>", *tags):
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text if len(text) <= max_chars else text[: max(0, max_chars - 3)] + "..."

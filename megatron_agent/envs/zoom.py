@@ -7,6 +7,7 @@ that cannot be used is answered with the reason; text of the model is parsed as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,8 @@ class ZoomTool(PictureTool):
                 raise ConfigError(f"max_aspect_ratio is {self.max_aspect_ratio}; allowed: 1 to {MAX_ASPECT_RATIO}")
             if self.min_side_px < 0:
                 raise ConfigError(f"min_side_px is {self.min_side_px}; it must be 0 or more")
+            if not math.isfinite(self.call_reward):
+                raise ConfigError(f"call_reward is {self.call_reward}; it must be a finite number")
 
     config: Config
 

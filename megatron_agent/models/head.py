@@ -12,24 +12,29 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_agent.types import ReferenceHead
+from megatron_agent.types import BANNED_LOGIT_BIAS, ReferenceHead
 
 CHUNK_BYTES = 256 << 20  # of fp32 logits at a time
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Which columns of the vocabulary this rank's `weight` [V_padded / tp, h] holds; padding takes no probability."""
+    """Which columns of the vocabulary this rank's `weight` [V_padded / tp, h] holds; padding takes no probability, and
+    `banned_token_ids` what sampling leaves them."""
 
     vocab_size: int
     rank: int
     group: dist.ProcessGroup
     chunk_bytes: int = CHUNK_BYTES
+    banned_token_ids: tuple[int, ...] = ()
 
     def logits(self, hidden_Ch: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
         """fp32 [C, V_padded / tp], divided by the sampling temperature."""
-        logits = (hidden_Ch @ weight.t()).float().div_(temperature)
-        first_padding = self.vocab_size - self.rank * len(weight)
+        logits, first = (hidden_Ch @ weight.t()).float(), self.rank * len(weight)
+        if banned := [token_id - first for token_id in self.banned_token_ids if first <= token_id < first + len(weight)]:
+            logits[:, banned] += BANNED_LOGIT_BIAS
+        logits.div_(temperature)
+        first_padding = self.vocab_size - first
         if first_padding < len(weight):
             logits[:, max(0, first_padding) :] = -1e30  # finite: 0 * -inf would be NaN in the entropy
         return logits

@@ -85,6 +85,9 @@ class ChatRenderer:
         self.forbidden_ids = frozenset(self._token_id(token) for token in self.forbidden_tokens)
         ends = (self.end_of_turn_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         self.stop_token_ids = frozenset(token_id for token_id in ends if token_id is not None)
+        special_ids = {token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        # No answer holds them: beside the forbidden ones the start of a forged turn, and its like.
+        self.reserved_ids = (self.forbidden_ids | special_ids) - self.stop_token_ids
         self._encode = functools.lru_cache(CACHED_TEXTS)(self._encode_uncached)
         self._render = functools.lru_cache(CACHED_TEXTS)(self._render_uncached)
 

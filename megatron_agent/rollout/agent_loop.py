@@ -7,15 +7,16 @@ text and back, so the trainer gets the very tokens and pictures that vLLM was co
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_agent.errors import ConfigError, DataError, EnvError
+from megatron_agent.errors import ConfigError, DataError, EnvError, RequestLostError
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.rollout.tool_calls import ToolDeadlineError, ToolRunner
-from megatron_agent.types import ImageRef, Message, Status, Task, ToolCall, Trajectory, Turn
+from megatron_agent.types import ImageRef, LossUse, Message, Status, Task, ToolCall, Trajectory, Turn
 
 if TYPE_CHECKING:
     from megatron_agent.envs.base import EnvSession, StepResult
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 MIN_TURN_TOKENS = 4  # a turn with less room than this cannot say anything
 TURN_SEED_STRIDE = 1_000_003
+TOOL_CALL_END = "</tool_call>"
+NEVER_SCORED = (Status.ENGINE_LOST, Status.UNSCORED)
 
 
 class Generate(Protocol):
@@ -39,6 +42,9 @@ class AgentConfig:
 
     `tool_name_key` is the dataset column that names the tool, `tool_meta_key` the column with what the tool is told.
     `concurrent_workers` bounds the tools that run at once, `tool_timeout_s` each of their calls once it runs.
+    Strings of `custom_stop`, those that the tool declares and, with `stop_after_tool_call`, "</tool_call>" end a turn.
+    `on_status` says what the ends of trajectories mean to the loss, {length: mask, context_full: penalise, ...}: keep, mask,
+    penalise or drop (types.LossUse); an end that is not named keeps its trajectory. What has no reward is always dropped.
     """
 
     activate_agent: bool = True
@@ -48,11 +54,14 @@ class AgentConfig:
     tool_name_key: str = "env_name"
     tool_meta_key: str = "extra_info"
     custom_stop: list[str] = field(default_factory=list)
+    stop_after_tool_call: bool = False
     show_tqdm: bool = False
     vl_model_path: str = ""  # where the tokenizer is; empty: model.path
     max_vllm_images: int = 8
     max_vllm_videos: int = 0
     tool_timeout_s: float = 30.0
+    on_status: dict[str, str] = field(default_factory=dict)
+    status_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("single_response_max_tokens", "max_turns", "concurrent_workers", "max_vllm_images"):
@@ -66,6 +75,22 @@ class AgentConfig:
             raise ConfigError("agent.tool_name_key is empty; name the dataset column that holds the tool's name")
         if any(not stop for stop in self.custom_stop):
             raise ConfigError("agent.custom_stop holds an empty string, which would end every turn at once")
+        if not 0 <= self.status_penalty < math.inf:
+            raise ConfigError(f"agent.status_penalty={self.status_penalty} must be 0 or more: it is taken off the reward")
+        for status, use in self.on_status.items():
+            self._check_end(status, use)
+
+    def _check_end(self, status: str, use: str) -> None:
+        where = f"agent.on_status.{status}"
+        if status not in {known.value for known in Status}:
+            raise ConfigError(f"{where}: there is no such end; there are {', '.join(known.value for known in Status)}")
+        if use not in {known.value for known in LossUse}:
+            raise ConfigError(f"{where}={use!r}; allowed: {', '.join(known.value for known in LossUse)}")
+        if Status(status) in NEVER_SCORED and use != LossUse.DROP:
+            raise ConfigError(f"{where}={use!r}: such a trajectory has no reward; it can only be dropped")
+
+    def loss_use(self, status: Status) -> LossUse:
+        return LossUse.DROP if status in NEVER_SCORED else LossUse(self.on_status.get(status.value, LossUse.KEEP))
 
 
 async def run_episode(
@@ -110,10 +135,15 @@ class _Episode:
         trajectory = Trajectory(self.task, self.sample_index, list(prompt))
         self.row, self.images = prompt, list(self.task.images)
         session = env_factory(self.task) if self.agent.activate_agent and self.task.env_name else None
-        if session is None or await self._can_start(session):
-            trajectory.status = await self._turns(trajectory, session)
-        else:
-            trajectory.status = Status.ABORTED
+        self.stop = self._stop_strings(session)
+        try:
+            if session is None or await self._can_start(session):
+                trajectory.status = await self._turns(trajectory, session)
+            else:
+                trajectory.status = Status.ABORTED
+        finally:  # a cancelled episode closes its tool too
+            if session is not None:
+                await self._close(session)
         trajectory.seconds = time.perf_counter() - start_s
         return trajectory
 
@@ -125,6 +155,21 @@ class _Episode:
             return False
         return True
 
+    async def _close(self, session: EnvSession) -> None:
+        from megatron_agent.envs.base import ToolBase
+
+        if type(session.tool).close is ToolBase.close:  # nothing to do, and so nothing to wait for a place for
+            return
+        try:
+            await self.tools.call(session, session.close)
+        except EnvError as error:
+            logger.warning("task %s: env %s was not closed: %s", self.task.task_id, self.task.env_name, error)
+
+    def _stop_strings(self, session: EnvSession | None) -> tuple[str, ...]:
+        of_tool = session.tool.stop if session is not None else ()
+        of_call = (TOOL_CALL_END,) if session is not None and self.agent.stop_after_tool_call else ()
+        return tuple(dict.fromkeys([*self.agent.custom_stop, *of_call, *of_tool]))
+
     async def _turns(self, trajectory: Trajectory, session: EnvSession | None) -> Status:
         last_turn = self.agent.max_turns - 1 if session is not None else 0
         for turn_index in range(last_turn + 1):
@@ -133,7 +178,12 @@ class _Episode:
                 return Status.CONTEXT_FULL
             max_tokens = min(self.agent.single_response_max_tokens, room_tokens)
             sampling = self._sampling_of(turn_index, max_tokens)
-            turn, ended = self._turn_of(await self.generate(self.row, self.images, sampling))
+            try:
+                generation = await self.generate(self.row, self.images, sampling)
+            except RequestLostError as error:
+                logger.error("task %s, sample %d: %s", self.task.task_id, self.sample_index, error)
+                return Status.ENGINE_LOST
+            turn, ended = self._turn_of(generation)
             trajectory.turns.append(turn)
             self.row = self.row + turn.token_ids  # a new list: the engine may still hold the old one
             if ended is Status.LENGTH and max_tokens == room_tokens < self.agent.single_response_max_tokens:
@@ -148,7 +198,7 @@ class _Episode:
                 return Status.ANSWERED
             if turn_index == last_turn:
                 return Status.MAX_TURNS
-            if not self._observe(turn, result):
+            if not self._observe(turn, result, session.tool.answer_role):
                 return Status.CONTEXT_FULL
         raise AssertionError("unreachable: the last turn always returns")
 
@@ -156,7 +206,7 @@ class _Episode:
         # One seed for all turns would draw the same random numbers in each of them.
         seed = self.sampling.seed
         seed = None if seed is None else (seed + turn_index * TURN_SEED_STRIDE) % 2**31
-        return replace(self.sampling, max_tokens=max_tokens, stop=tuple(self.agent.custom_stop), seed=seed)
+        return replace(self.sampling, max_tokens=max_tokens, stop=self.stop, seed=seed)
 
     def _turn_of(self, generation: Generation) -> tuple[Turn, Status | None]:
         """The turn, and how the episode ends with it if it does.
@@ -190,11 +240,12 @@ class _Episode:
         try:
             return await self.tools.call(session, _step_seeing, session, self.images, action_text)
         except EnvError as error:
-            failed, late = failed_step(self.task.env_name, error), isinstance(error, ToolDeadlineError)
+            failed = failed_step(self.task.env_name, error, session.tool.answer_role)
+            seconds = self.tools.timeout_s if isinstance(error, ToolDeadlineError) else 0.0
         (call,) = failed.tool_calls
-        return replace(failed, tool_calls=(replace(call, seconds=self.tools.timeout_s if late else 0.0),))
+        return replace(failed, tool_calls=(replace(call, seconds=seconds),))
 
-    def _observe(self, turn: Turn, result: StepResult) -> bool:
+    def _observe(self, turn: Turn, result: StepResult, answer_role: str) -> bool:
         """Append the observation to the row; False when it does not fit (then nothing is appended)."""
         if result.observation is None:
             return True
@@ -204,7 +255,7 @@ class _Episode:
         except DataError as error:
             # The tool echoed what only the framework may write (a forged picture token); the model is told so.
             images, text = [], "Error: the tool's answer holds tokens that stand for pictures and cannot be shown"
-            message: Message = {"role": "tool", "content": text}
+            message: Message = {"role": answer_role, "content": text}
             token_ids = self.renderer.observation([message], [], self._ended_by_eos(turn))
             calls = turn.tool_calls or [ToolCall(name=self.task.env_name, ok=False)]
             turn.tool_calls = [replace(call, ok=False, error=str(error)) for call in calls]

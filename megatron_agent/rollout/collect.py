@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
-from megatron_agent.types import Box, RewardParts, Status, Task, Trajectory, TrajectoryGroup, Unscored
+from megatron_agent.rewards.base import RewardBase, iou, target_box
+from megatron_agent.types import LossUse, RewardParts, Status, Task, Trajectory, TrajectoryGroup, Unscored
 
-if TYPE_CHECKING:
-    from megatron_agent.rewards.base import RewardBase
-
+RunOne: TypeAlias = Callable[[Task, int], Awaitable[Trajectory]]
 ACCURACY_PART = "accuracy"
+PENALTY_PART = "status_penalty"
 
 
 def trajectory_seed(run_seed: int, step: int, task_id: str, sample_index: int) -> int:
@@ -22,43 +23,92 @@ def trajectory_seed(run_seed: int, step: int, task_id: str, sample_index: int) -
     return int.from_bytes(hashlib.sha256(name).digest()[:4], "little") & 0x7FFFFFFF
 
 
-async def collect(
-    tasks: Sequence[Task],
-    num_samples: int,
-    run_one: Callable[[Task, int], Awaitable[Trajectory]],
-    reward: RewardBase,
-    max_in_flight: int,
-    on_scored: Callable[[Trajectory], None] | None = None,
-) -> list[TrajectoryGroup]:
-    """`num_samples` scored trajectories of every task, groups in the order of `tasks`.
+class Collection:
+    """Groups under way, started at any time and taken as they finish.
 
     consumes: `run_one(task, sample_index)`, one episode. waits for: episodes, `max_in_flight` at a time, started in order,
-    and each one's score; scoring does not hold a place, so a slow judge starves no engine.
-    unblocked by: the end of any episode. produces: groups; `on_scored` sees each trajectory at once.
-    The first exception cancels all other episodes and is raised.
+    and each one's score; scoring does not hold a place, so a slow judge starves no engine. unblocked by: the end of any
+    episode. produces: groups. Serves one event loop; `cancel` when what is left is not wanted.
     """
-    places = asyncio.Semaphore(max_in_flight)
 
-    async def one(task: Task, sample_index: int) -> Trajectory:
-        async with places:
+    def __init__(self, reward: RewardBase, max_in_flight: int) -> None:
+        self._reward, self._places = reward, asyncio.Semaphore(max_in_flight)
+        self._numbers = itertools.count()
+        self._groups: dict[asyncio.Task[TrajectoryGroup], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def start(self, tasks: Sequence[Task], num_samples: int, run_one: RunOne) -> None:
+        """`num_samples` scored trajectories of every task."""
+        for task in tasks:
+            episodes = [asyncio.create_task(self._episode(task, index, run_one)) for index in range(num_samples)]
+            self._groups[asyncio.create_task(_together(task, episodes))] = next(self._numbers)
+
+    async def next(self) -> tuple[int, TrajectoryGroup]:
+        """The next group to finish, and its number in the order of their start. Raises what one of its episodes raised."""
+        await asyncio.wait(self._groups, return_when=asyncio.FIRST_COMPLETED)
+        done = next(group for group in self._groups if group.done())
+        number = self._groups.pop(done)
+        return number, done.result()
+
+    async def cancel(self) -> None:
+        """No episode outlives it, and no request of theirs."""
+        groups = list(self._groups)
+        self._groups.clear()
+        for group in groups:
+            group.cancel()
+        await asyncio.gather(*groups, return_exceptions=True)
+
+    async def _episode(self, task: Task, sample_index: int, run_one: RunOne) -> Trajectory:
+        async with self._places:
             trajectory = await run_one(task, sample_index)
-        trajectory.reward = await reward.score(trajectory, task)
-        if on_scored is not None:
-            on_scored(trajectory)
+        await _score(trajectory, self._reward)
         return trajectory
 
-    running = [asyncio.create_task(one(task, index)) for task in tasks for index in range(num_samples)]
+
+async def _together(task: Task, episodes: list[asyncio.Task[Trajectory]]) -> TrajectoryGroup:
     try:
-        done = await asyncio.gather(*running)
-    except BaseException:  # cancelled or failed alike: no episode may outlive its collection
-        for episode in running:
+        return TrajectoryGroup(task, list(await asyncio.gather(*episodes)))
+    except BaseException:  # cancelled or failed alike
+        for episode in episodes:
             episode.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*episodes, return_exceptions=True)
         raise
-    return [
-        TrajectoryGroup(task, list(done[start : start + num_samples]))
-        for task, start in zip(tasks, range(0, len(done), num_samples), strict=True)
-    ]
+
+
+async def collect(
+    tasks: Sequence[Task], num_samples: int, run_one: RunOne, reward: RewardBase, max_in_flight: int
+) -> list[TrajectoryGroup]:
+    """All groups, in the order of `tasks`. The first exception cancels all other episodes and is raised."""
+    collection = Collection(reward, max_in_flight)
+    collection.start(tasks, num_samples, run_one)
+    try:
+        numbered = [await collection.next() for _ in tasks]
+    finally:
+        await collection.cancel()
+    return in_order(numbered)
+
+
+def in_order(numbered: list[tuple[int, TrajectoryGroup]]) -> list[TrajectoryGroup]:
+    return [group for _, group in sorted(numbered, key=lambda pair: pair[0])]
+
+
+async def _score(trajectory: Trajectory, reward: RewardBase) -> None:
+    if trajectory.status is Status.ENGINE_LOST:
+        trajectory.reward = Unscored("its request was lost")
+        return
+    trajectory.reward = await reward.score(trajectory, trajectory.task)
+    if isinstance(trajectory.reward, Unscored) and trajectory.status is not Status.ABORTED:
+        trajectory.status = Status.UNSCORED
+
+
+def weigh_end(trajectory: Trajectory, use: LossUse, penalty: float) -> None:
+    """Note what a scored trajectory's end means to the loss; a penalty is a part of its reward, `status_penalty`."""
+    trajectory.loss_use = use
+    reward = trajectory.reward
+    if use is LossUse.PENALISE and isinstance(reward, RewardParts):
+        trajectory.reward = RewardParts(reward.parts | {PENALTY_PART: -penalty}, reward.weights | {PENALTY_PART: 1.0})
 
 
 def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
@@ -87,6 +137,18 @@ def _reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         metrics[f"reward/{name}"] = statistics.fmean(values)
     if f"reward/{ACCURACY_PART}" in metrics:
         metrics["accuracy"] = metrics[f"reward/{ACCURACY_PART}"]
+    return metrics | _source_metrics(trajectories)
+
+
+def _source_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Accuracy of every data source, where there are several."""
+    sources = sorted({t.task.data_source for t in trajectories})
+    metrics = {}
+    for source in sources if len(sources) > 1 else ():
+        rewards = [t.reward for t in trajectories if t.task.data_source == source and isinstance(t.reward, RewardParts)]
+        values = [reward.parts[ACCURACY_PART] for reward in rewards if ACCURACY_PART in reward.parts]
+        if values:
+            metrics[f"source/{source}/{ACCURACY_PART}"] = statistics.fmean(values)
     return metrics
 
 
@@ -106,19 +168,8 @@ def _tool_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return metrics
 
 
-def target_box(task: Task) -> Box | None:
-    """`extra_info["target_bbox"]`, the region that holds the answer, in pixels of the original picture; None: unknown."""
-    box = task.extra_info.get("target_bbox")
-    if not isinstance(box, (list, tuple)) or len(box) != 4:
-        return None
-    left, top, right, bottom = (int(side) for side in box)
-    return left, top, right, bottom
-
-
 def best_iou(trajectory: Trajectory) -> float:
     """Best overlap of a successful tool call's region with the target; 0 without a call."""
-    from megatron_agent.rewards.base import iou
-
     target = target_box(trajectory.task)
     if target is None:
         return 0.0

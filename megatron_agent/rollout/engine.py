@@ -10,14 +10,15 @@ import asyncio
 import importlib
 import itertools
 import logging
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_agent.errors import ConfigError, EngineError, WeightSyncError
+from megatron_agent.errors import ConfigError, EngineError, RequestLostError, WeightSyncError
 from megatron_agent.rollout.generation import Generation, Sampling, first_difference, versions_of
-from megatron_agent.types import TRANSPORTS, ImageRef
+from megatron_agent.types import BANNED_LOGIT_BIAS, TRANSPORTS, ImageRef
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -34,15 +35,46 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENCODER_BUDGET_FACTOR = 16
 CACHE_MISS_ATTEMPTS = 3  # a sync that clears vLLM's picture caches can overtake a request that was already prepared
 LOOK_EVERY_S = 2.0
-BANNED_LOGIT_BIAS = -100.0  # the largest that vLLM takes; e^-100 is never sampled
+
+
+@dataclass
+class EnvSampling:
+    """What the episodes of one env do otherwise than `rollout` and `agent` say; None: as they say. `stop` comes on top."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    single_response_max_tokens: int | None = None
+    max_turns: int | None = None
+    stop: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _check_distribution("rollout.per_env", self.temperature, self.top_p, self.top_k)
+
+
+@dataclass
+class ValidationSampling:
+    """How evaluations sample; `num_samples` episodes a task, over which the metrics are means."""
+
+    temperature: float = 0.0  # greedy
+    top_p: float = 1.0
+    top_k: int = 0
+    num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        _check_distribution("rollout.validation", self.temperature, self.top_p, self.top_k)
+        _require(self.num_samples >= 1, f"rollout.validation.num_samples={self.num_samples} must be 1 or more")
 
 
 @dataclass
 class RolloutConfig:
     """Engines and how they sample. Sizes are tokens; `gpu_memory_utilization` is a share of the device (GPU only).
 
-    `ban_special_tokens` keeps the model from writing image placeholders at all. Off by default: the trainer's log-probs
-    know nothing of the ban, and a trajectory that ends with such a token has a status of its own.
+    `ban_special_tokens` keeps the model from writing image placeholders and all special tokens but those that end a turn;
+    the trainer's log-probs are then taken under the same ban. Off by default: a placeholder has a status of its own.
+    `per_env` gives the episodes of an env (by its name) settings of their own, `validation` those of evaluations.
+    `oversample` is the share of groups that a step starts beyond those that it waits for: the slowest are cancelled (a bias
+    towards short episodes) or, with `carry_over`, go on during the update and are part of a later step.
     """
 
     num_engines: int = 1
@@ -64,6 +96,10 @@ class RolloutConfig:
     weight_relay: str = "auto"  # engines pass weights on where that is faster: auto (on GPUs), always, never
     max_restarts: int = 3  # of an engine that died; beyond that the run goes on without it
     ban_special_tokens: bool = False
+    oversample: float = 0.0
+    carry_over: bool = False
+    per_env: dict[str, EnvSampling] = field(default_factory=dict)
+    validation: ValidationSampling = field(default_factory=ValidationSampling)
 
     def __post_init__(self) -> None:
         counts = ("num_engines", "tensor_parallel", "group_size", "max_num_seqs", "cpu_kvcache_gib", "num_cpu_threads")
@@ -75,9 +111,9 @@ class RolloutConfig:
             f"rollout.max_num_batched_tokens={self.max_num_batched_tokens} must be at least rollout.max_num_seqs="
             f"{self.max_num_seqs}: every running sequence needs a token of each step",
         )
-        _require(self.temperature >= 0, f"rollout.temperature={self.temperature} must be 0 (greedy) or more")
-        _require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p} must be above 0 and at most 1 (1: off)")
-        _require(self.top_k >= 0, f"rollout.top_k={self.top_k} must be 0 (off) or more")
+        _require(0 <= self.oversample < math.inf, f"rollout.oversample={self.oversample} must be 0 (off) or more")
+        _require(not self.carry_over or self.oversample > 0, "rollout.carry_over needs rollout.oversample above 0")
+        _check_distribution("rollout", self.temperature, self.top_p, self.top_k)
         _require(self.dtype in DTYPES, f"rollout.dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}")
         _require(self.mm_encoder_tp_mode in ("weights", "data"),
                  f"rollout.mm_encoder_tp_mode={self.mm_encoder_tp_mode!r}; allowed: weights, data")  # fmt: skip
@@ -87,6 +123,12 @@ class RolloutConfig:
                  f"rollout.weight_relay={self.weight_relay!r}; allowed: auto, always, never")  # fmt: skip
         _require(self.max_restarts >= 0, f"rollout.max_restarts={self.max_restarts} must be 0 (never) or more")
         _require(0 < self.gpu_memory_utilization <= 1, "rollout.gpu_memory_utilization must be above 0 and at most 1")
+
+
+def _check_distribution(where: str, temperature: float | None, top_p: float | None, top_k: int | None) -> None:
+    _require(temperature is None or temperature >= 0, f"{where}.temperature={temperature} must be 0 (greedy) or more")
+    _require(top_p is None or 0 < top_p <= 1, f"{where}.top_p={top_p} must be above 0 and at most 1 (1: off)")
+    _require(top_k is None or top_k >= 0, f"{where}.top_k={top_k} must be 0 (off) or more")
 
 
 def _require(ok: bool, message: str) -> None:
@@ -182,25 +224,30 @@ class Engine:
     async def generate(self, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
         """Sample one turn behind `row` (one image token per merged patch; `images` in row order).
 
-        Raises EngineError when vLLM refuses the request, or when it expands the pictures into another row than `row`:
-        the trainer would then train on tokens that the model never saw.
+        Raises RequestLostError when vLLM fails on this request again and again, EngineError when it refuses it or expands
+        its pictures into another row than `row`: the trainer would train on tokens that the model never saw.
         """
-        prompt: dict[str, Any] = {"prompt_token_ids": _collapse(row, self.image_pad_id)}
-        if images:
-            prompt["multi_modal_data"] = {"image": [self.store.picture(ref) for ref in images]}
-            prompt["multi_modal_uuids"] = {"image": [ref.key for ref in images]}
+        prompt = self._prompt(row, images)
         for _ in range(CACHE_MISS_ATTEMPTS):
             final = await self._request(prompt, self._parameters(sampling))
             if final.outputs[0].finish_reason != "error":
                 break
         else:
-            raise EngineError(f"vLLM failed {CACHE_MISS_ATTEMPTS} times on one request; see its log")
+            raise RequestLostError(f"vLLM failed {CACHE_MISS_ATTEMPTS} times on one request; see its log")
         if final.prompt_token_ids != row:
             raise EngineError(
                 f"vLLM expanded the prompt to another row, {first_difference(row, final.prompt_token_ids or [])}; "
                 f"pictures must have sides that its processor keeps (multiples of 28 px, within its pixel limits)"
             )
         return self._finished(final)
+
+    def _prompt(self, row: list[int], images: list[ImageRef]) -> dict[str, Any]:
+        """vLLM's: one placeholder a picture, which it expands again."""
+        prompt: dict[str, Any] = {"prompt_token_ids": _collapse(row, self.image_pad_id)}
+        if images:
+            prompt["multi_modal_data"] = {"image": [self.store.picture(ref) for ref in images]}
+            prompt["multi_modal_uuids"] = {"image": [ref.key for ref in images]}
+        return prompt
 
     async def _request(self, prompt: dict[str, Any], parameters: SamplingParams) -> RequestOutput:
         final: RequestOutput | None = None
@@ -220,9 +267,10 @@ class Engine:
         self._num_requests += 1
         self._num_tokens += len(token_ids)
         self._num_prompt_tokens += len(final.prompt_token_ids or ())
-        self._num_cached_tokens += final.num_cached_tokens or 0
+        num_cached_tokens = final.num_cached_tokens or 0
+        self._num_cached_tokens += num_cached_tokens
         reason = output.finish_reason if output.finish_reason in ("stop", "length") else "aborted"
-        return Generation(token_ids, logprobs, versions_of(output, len(token_ids)), str(reason))
+        return Generation(token_ids, logprobs, versions_of(output, len(token_ids)), str(reason), num_cached_tokens)
 
     def _parameters(self, sampling: Sampling) -> SamplingParams:
         from vllm import SamplingParams
@@ -297,9 +345,10 @@ class Engine:
         return os.getpid()
 
     async def stats(self) -> dict[str, float]:
-        """Counts since the start, and the share of prompt tokens that the prefix cache had."""
+        """Counts since the start, requests under way, and the share of prompt tokens that the prefix cache had."""
         return {
             "num_requests": float(self._num_requests),
+            "num_unfinished_requests": float(self.llm.get_num_unfinished_requests()),
             "num_generated_tokens": float(self._num_tokens),
             "num_prompt_tokens": float(self._num_prompt_tokens),
             "prefix_cache_hit_rate": self._num_cached_tokens / max(1, self._num_prompt_tokens),

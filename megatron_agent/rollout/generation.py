@@ -26,13 +26,15 @@ class Generation:
     """One turn as it was sampled: three lists of equal length, and why it ended ("stop", "length", "aborted").
 
     `logprobs` are natural, under the distribution that was sampled from (after temperature, top-p and top-k);
-    `weight_versions` says which weights made each token, 0 being those of the checkpoint.
+    `weight_versions` says which weights made each token, 0 being those of the checkpoint. `num_cached_tokens` of the row
+    were in the engine's prefix cache.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     weight_versions: list[int]
     stop_reason: str
+    num_cached_tokens: int = 0
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:

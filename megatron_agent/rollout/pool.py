@@ -12,12 +12,13 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from megatron_agent.errors import EngineError, MegatronAgentError, WeightSyncError, cause_of
+from megatron_agent.errors import EngineError, MegatronAgentError, RequestLostError, WeightSyncError, cause_of
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.types import ImageRef
 
 logger = logging.getLogger(__name__)
 
+MAX_LOSSES = 3  # of engines under one request, which may itself be what kills them
 MAX_REMEMBERED = 1 << 16  # trajectories; an evicted one only loses its prefix cache
 
 
@@ -67,15 +68,25 @@ class EnginePool:
         return index
 
     async def generate(self, trajectory_id: str, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
-        """One turn, on the trajectory's engine or, when that dies, on another one."""
-        while True:
+        """One turn, on the trajectory's engine or, when that dies, on another one.
+
+        Raises RequestLostError when MAX_LOSSES engines have died under it, EngineError when none is left.
+        """
+        import ray
+
+        for _ in range(MAX_LOSSES):
             while not self._handles and self._coming_back:
                 await asyncio.wait(self._coming_back.values(), return_when=asyncio.FIRST_COMPLETED)
             index = self.engine_for(trajectory_id)
             cost_tokens = len(row) + sampling.max_tokens
             self._tokens_in_flight[index] += cost_tokens
             try:
-                return await self._handles[index].generate.remote(row, images, sampling)
+                call = self._handles[index].generate.remote(row, images, sampling)
+                try:
+                    return await call
+                except asyncio.CancelledError:  # of the episode: nobody reads on, so the engine need not write on
+                    ray.cancel(call)
+                    raise
             except RayActorError as error:
                 self._drop(index, error)
             except RayTaskError as error:
@@ -85,6 +96,9 @@ class EnginePool:
                 self._drop(index, error)
             finally:
                 self._tokens_in_flight[index] -= cost_tokens
+        if not self._handles and not self._coming_back:
+            raise EngineError("every rollout engine has died")
+        raise RequestLostError(f"{MAX_LOSSES} engines died under one request of {len(row)} tokens and {len(images)} pictures")
 
     async def _is_alive(self, index: int) -> bool:
         try:

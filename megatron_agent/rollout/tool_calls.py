@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from megatron_agent.errors import EnvError
+from megatron_agent.rollout.tool_processes import ToolDeadlineError, ToolProcesses
 
 if TYPE_CHECKING:
     from megatron_agent.envs.base import EnvSession
@@ -18,21 +19,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ToolDeadlineError(EnvError):
-    """A tool did not answer in time; what it does from then on is thrown away."""
-
-
 class ToolRunner:
     """consumes: calls of sessions' tools. waits for: one of `concurrent_workers` places, then the tool.
 
     unblocked by: the tool's answer, or `timeout_s` after the place was got. produces: the answer. A thread cannot be
     stopped: a late call gives its place up and runs on in a daemon thread, which keeps neither another call nor the
     program's exit waiting; its session takes no other call meanwhile. Serves one event loop. A tool with `runs_inline`
-    is called at once on the event loop, without place, thread or deadline.
+    is called at once on the event loop, without place, thread or deadline; one whose `workers` are "process" in a process
+    beside, which is ended when the call is late (tool_processes.py).
     """
 
     def __init__(self, concurrent_workers: int, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+        self.timeout_s, self.processes = timeout_s, ToolProcesses(timeout_s)
         self._places = asyncio.Semaphore(concurrent_workers)
         self._abandoned: set[EnvSession] = set()  # their late calls still run
 
@@ -45,6 +43,9 @@ class ToolRunner:
             return method(*arguments)
         if session in self._abandoned:
             raise EnvError("the tool is still busy with an earlier call")
+        timeout_s: float | None = self.timeout_s
+        if session.tool.workers == "process":  # which has an eye on its own deadline
+            method, arguments, timeout_s = self.processes.call, (session, method, arguments), None
         async with self._places:
             answer: asyncio.Future[tuple[T | None, BaseException | None]] = asyncio.get_running_loop().create_future()
             call = threading.Thread(target=_answer, args=(answer, method, arguments), name="tool", daemon=True)
@@ -52,7 +53,7 @@ class ToolRunner:
                 call.start()
             except RuntimeError as error:  # too many late calls have taken all threads that the system gives
                 raise EnvError(f"the tool could not be called: {error}") from error
-            await asyncio.wait({answer}, timeout=self.timeout_s)
+            await asyncio.wait({answer}, timeout=timeout_s)
         if not answer.done():
             self._abandoned.add(session)
             answer.add_done_callback(lambda _: self._abandoned.discard(session))

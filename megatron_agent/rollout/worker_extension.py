@@ -32,3 +32,17 @@ class WorkerExtension:
     def place(self) -> tuple[str, str]:
         """(host, device), as weights/topology.py counts them."""
         return receiver.place()
+
+    def encoded_pictures(self) -> int:
+        """How many pictures the vision tower has encoded since the last call; the first call starts the count."""
+        model = self.model_runner.get_model()
+        if "num_encoded" not in vars(model):
+            model.num_encoded, embed = 0, model.embed_multimodal
+
+            def counting(**arguments: Any) -> Any:
+                model.num_encoded += len(arguments["image_grid_thw"])
+                return embed(**arguments)
+
+            model.embed_multimodal = counting
+        found, model.num_encoded = model.num_encoded, 0
+        return found

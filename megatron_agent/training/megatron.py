@@ -46,7 +46,7 @@ class MegatronModel:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         self.family, self.layout, self.head, self.temperature = family, layout, options.head, 1.0
-        self.rank, self.seed = dist.get_rank(), options.seed
+        self.rank, self.seed, self.banned_token_ids = dist.get_rank(), options.seed, options.banned_token_ids
         parallel_state.initialize_model_parallel(
             layout.tensor_parallel,
             layout.pipeline_parallel,
@@ -297,7 +297,15 @@ class MegatronModel:
             of_stage = pixels if stage.is_first else None
             for ids, length, head in zip(microbatches, pad_to, heads or [None] * len(pad_to)):
                 batch = build_microbatch(samples, ids, self.family, of_stage, length, multiple)
-                yield to_device(replace(batch, temperature=self.temperature, reference=head, wants_hidden=wants_hidden))
+                yield to_device(
+                    replace(
+                        batch,
+                        temperature=self.temperature,
+                        banned_token_ids=self.banned_token_ids,
+                        reference=head,
+                        wants_hidden=wants_hidden,
+                    )
+                )
 
         def step(iterator: Iterator[MicroBatch], model: torch.nn.Module):
             batch, kept = self._own_targets(next(iterator))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class ModelOptions:
     """`recompute`: "none", "selective", "full". `head`: "policy", or "value" for a critic. `frozen`: "", "vision" or
     "language" (embedding, layers and vocabulary head), which then gets no gradient; "all" for a model that is only asked.
-    `replicate_vision`: every tensor and context rank encodes all pictures.
+    `replicate_vision`: every tensor and context rank encodes all pictures. Log-probs are taken as if `banned_token_ids` were
+    banned, as in sampling.
     """
 
     dtype: str
@@ -18,6 +19,7 @@ class ModelOptions:
     head: str = "policy"
     frozen: str = ""
     replicate_vision: bool = False
+    banned_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_agent.algorithms.base import Algorithm
-from megatron_agent.types import RewardParts, TrainSample, Trajectory, TrajectoryGroup
+from megatron_agent.types import LossUse, RewardParts, TrainSample, Trajectory, TrajectoryGroup
 
 
 def to_sample(trajectory: Trajectory, weight_version: int | None = None) -> TrainSample:
-    """One row. Prompt and observation tokens carry mask False and zeros; advantages are filled in later."""
+    """One row. Prompt and observation tokens carry mask False and zeros, a masked trajectory nothing else; advantages are
+    filled in later."""
     tokens = list(trajectory.prompt_token_ids)
     mask = [False] * len(tokens)
     logprobs = [0.0] * len(tokens)
     after_image = [False] * len(tokens)
     process = [0.0] * len(tokens)
     lag = [0] * len(tokens)
-    saw_tool_image = False
+    saw_tool_image, is_trained = False, trajectory.loss_use is not LossUse.MASK
     for turn in trajectory.turns:
         for ids, own in ((turn.token_ids, True), (turn.observation_token_ids, False)):
             tokens += ids
-            mask += [own] * len(ids)
-            logprobs += turn.logprobs if own else [0.0] * len(ids)
+            mask += [own and is_trained] * len(ids)
+            logprobs += turn.logprobs if own and is_trained else [0.0] * len(ids)
             after_image += [saw_tool_image] * len(ids)
             process += [0.0] * len(ids)
             known = own and weight_version is not None
@@ -45,7 +46,7 @@ def to_sample(trajectory: Trajectory, weight_version: int | None = None) -> Trai
 
 
 def scored_samples(groups: list[TrajectoryGroup], weight_version: int | None = None) -> list[TrainSample]:
-    """All scored trajectories of the step, without advantages. Unscored ones are left out of their group.
+    """All scored trajectories of the step, without advantages. Unscored and dropped ones are left out of their group.
 
     `weight_version`: the trainer's, from which a token's lag is counted; None: all tokens are of the newest.
     """
@@ -53,7 +54,7 @@ def scored_samples(groups: list[TrajectoryGroup], weight_version: int | None = N
     for index, group in enumerate(groups):
         greedy = group.greedy and group.greedy.reward
         for trajectory in group.trajectories:
-            if isinstance(trajectory.reward, RewardParts):
+            if isinstance(trajectory.reward, RewardParts) and trajectory.loss_use is not LossUse.DROP:
                 sample = to_sample(trajectory, weight_version)
                 sample.group_id = f"{index}/{sample.group_id}"  # a task may be drawn twice in one step
                 if isinstance(greedy, RewardParts) and group.greedy is not None:

@@ -78,14 +78,14 @@ class Crop(ToolBase):
 
 
 class Marker(ToolBase):
-    """A chat with a picture that every turn draws on, so that the marks add up."""
+    """A chat with a picture that every turn draws on, so that the marks add up; takes no more than it needs."""
 
     name = "marker"
 
     def __init__(self, _name, _desc, _params, **kwargs):
         super().__init__(name=self.name)
 
-    def reset(self, raw_prompt, multi_modal_data, origin_multi_modal_data, **kwargs):
+    def reset(self, raw_prompt, multi_modal_data, origin_multi_modal_data):
         self.canvas = multi_modal_data["image"][0]
 
     def execute(self, action_string, **kwargs):
@@ -103,8 +103,9 @@ class Guess(ToolBase):
     def __init__(self, _name, _desc, _params, **kwargs):
         super().__init__(name=self.name)
 
-    def reset(self, *args, **kwargs):
+    def reset(self, **kwargs):
         self.low, self.high, self.secret = 0, 100, 37
+        assert kwargs["raw_prompt"][-1]["role"] == "user"
 
     def execute(self, action_string, **kwargs):
         number = int(re.search(r"\d+", action_string).group())

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from megatron_agent import registry
 from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.algorithms.options import AGGREGATIONS, CriticOptions
-from megatron_agent.config import build
 from megatron_agent.errors import ConfigError
+from megatron_agent.options import build
 from megatron_agent.types import LossInputs, TrainSample
 
 ALGORITHMS = registry.names("algorithms")

@@ -16,10 +16,15 @@ from megatron_agent.rewards.base import RewardBase
 from megatron_agent.types import RewardParts, Status, Task, ToolCall, Trajectory, Turn, Unscored
 
 REWARDS = registry.names("rewards")
-TASK = Task("t:0", "vstar", (), (), "visual_toolbox_v2", "red", "Which colour?")
-pieces = st.sampled_from(
-    ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "red", "<|image_pad|>"]
-)
+TASK = Task("t:0", "vstar", (), (), "visual_toolbox_v2", "red", "Which colour?", {"target_bbox": [0, 0, 10, 20]})
+# A final answer in every form that a reward reads: right, and wrong in a way that cannot be mistaken for it.
+ANSWERS = [
+    ("<answer>red</answer>", "<answer>blue</answer>"),
+    (r"\boxed{red}", r"\boxed{blue}"),
+    ("<answer>[0, 0, 10, 20]</answer>", "<answer>[30, 30, 40, 50]</answer>"),
+]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", "<|image_pad|>"]
+pieces = st.sampled_from([*TAGS, "red", "[0, 0, 9, 9]", r"\boxed{red}", "<search>", "</search>"])
 texts = st.lists(pieces | st.text(max_size=6), max_size=8).map("".join)
 
 
@@ -60,17 +65,32 @@ def test_any_trajectory(name, texts, status):
 @pytest.mark.parametrize("name", REWARDS)
 def test_right_is_worth_more_than_wrong_and_wrong_no_less_than_nothing(name):
     """What is right the text says, or the environment by its own reward."""
-    reward, ends = registry.resolve("rewards", name)(), {"<answer>red</answer>": 1.0, "<answer>blue</answer>": 0.0, "": 0.0}
-    right, wrong, nothing = (
-        score(reward, episode(f"<think>a</think>{end}", env_reward=paid)).total for end, paid in ends.items()
-    )
-    assert right > wrong >= nothing
+    reward = registry.resolve("rewards", name)()
+    nothing = score(reward, episode("<think>a</think>", env_reward=0.0)).total
+    totals = [
+        [score(reward, episode(f"<think>a</think>{text}", env_reward=paid)).total for text, paid in zip(pair, (1.0, 0.0))]
+        for pair in ANSWERS
+    ]
+    assert all(right >= wrong >= nothing for right, wrong in totals)
+    assert any(right > wrong for right, wrong in totals)
 
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_an_aborted_episode_is_never_scored(name):
     trajectory = episode("<think>a</think><answer>red</answer>", status=Status.ABORTED)
     assert isinstance(score(registry.resolve("rewards", name)(), trajectory), Unscored)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_start_and_close(name):
+    async def life():
+        reward = registry.resolve("rewards", name)()
+        await reward.start()
+        scored = await reward.score(episode(f"<think>a</think>{ANSWERS[0][0]}"), TASK)
+        await reward.close()
+        return scored
+
+    assert isinstance(asyncio.run(life()), RewardParts)
 
 
 @pytest.mark.parametrize("name", REWARDS)

@@ -6,7 +6,7 @@ import rank_jobs
 
 from megatron_agent import registry
 from megatron_agent.algorithms.options import AGGREGATIONS
-from megatron_agent.config import build
+from megatron_agent.options import build
 from megatron_agent.training.layout import Layout
 from megatron_agent.training.loss import Supervised
 from megatron_agent.training.options import OptimizerOptions

@@ -4,6 +4,7 @@ The receiver here loads a whole file; the one of megatron_agent.weights has test
 parallelism, GPUs.
 """
 
+import asyncio
 import io
 import os
 import sys
@@ -18,6 +19,7 @@ from megatron_agent.data.images import ImageStore, PixelLimits
 from megatron_agent.errors import EngineError, WeightSyncError
 from megatron_agent.models.qwen2_5_vl.renderer import Renderer
 from megatron_agent.rollout.engine import Engine, RolloutConfig, Sampling
+from megatron_agent.rollout.pool import EnginePool
 
 pytestmark = pytest.mark.integration
 
@@ -113,7 +115,7 @@ def prompt(renderer, store, seed=0):
     return renderer.prompt([{"role": "user", "content": content}], images), images
 
 
-def reference_logprobs(model_path, store, row, images, num_generated, temperature):
+def reference_logprobs(model_path, store, row, images, num_generated, temperature, banned=()):
     import torch
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
@@ -124,6 +126,7 @@ def reference_logprobs(model_path, store, row, images, num_generated, temperatur
     types = (ids == model.config.image_token_id).int()
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **pixels).logits[0]
+    logits[:, list(banned)] = -torch.inf
     logprobs = (logits / temperature).log_softmax(-1)
     start = len(row) - num_generated
     return [logprobs[i - 1, row[i]].item() for i in range(start, len(row))]
@@ -164,6 +167,45 @@ def test_banned_tokens_and_stop_strings(engine, renderer, store):
     assert stopped.stop_reason == "stop"
     assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
     assert piece in renderer.decode(stopped.token_ids)
+
+
+def test_logprobs_under_a_ban(engine, models, renderer, store):
+    """Banned tokens take no probability from the others; in the trainer neither (tests/unit/models/test_head.py)."""
+    import ray
+
+    row, images = prompt(renderer, store)
+    banned = tuple(range(2, 200))
+    turn = ray.get(
+        engine.generate.remote(row, images, Sampling(temperature=0.5, max_tokens=24, seed=1, banned_token_ids=banned))
+    )
+    assert not set(turn.token_ids) & set(banned)
+    arguments = models[0], store, row + turn.token_ids, images, len(turn.token_ids), 0.5
+    assert turn.logprobs == pytest.approx(reference_logprobs(*arguments, banned), abs=TOLERANCE)
+    free = reference_logprobs(*arguments)
+    assert max(abs(a - b) for a, b in zip(turn.logprobs, free)) > 0.1
+
+
+def test_a_cancelled_request_is_dropped_by_the_engine(engine, renderer, store):
+    row, images = prompt(renderer, store, seed=30)
+    banned = tuple(renderer.stop_token_ids)
+
+    async def main():
+        pool = EnginePool([engine])
+        before = await pool.stats()
+        long = [Sampling(max_tokens=400, seed=seed, banned_token_ids=banned) for seed in range(16)]
+        calls = [asyncio.create_task(pool.generate(str(s.seed), row, images, s)) for s in long]
+        while (await pool.stats())["num_unfinished_requests"] < 16:
+            await asyncio.sleep(0.01)
+        for call in calls[1:]:
+            call.cancel()
+        (kept, *cancelled) = await asyncio.gather(*calls, return_exceptions=True)
+        after = await pool.stats()
+        assert all(isinstance(call, asyncio.CancelledError) for call in cancelled)
+        assert len(kept.token_ids) == 400
+        assert after["num_unfinished_requests"] == 0
+        assert after["num_requests"] - before["num_requests"] == 1
+
+    asyncio.run(main())
 
 
 def test_a_row_that_vllm_would_expand_otherwise_is_refused(engine, renderer, store):

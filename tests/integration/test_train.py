@@ -45,10 +45,16 @@ def train_rows(folder):
 
 
 LAYOUTS = {
-    "tensor": ["algorithm.name=ppo", "algorithm.critic={lr: 1.0e-3}", "training.offload=all"],
+    "tensor": [
+        "rollout.ban_special_tokens=true",  # of a vocabulary that is split over the ranks
+        "algorithm.name=ppo",
+        "algorithm.critic={lr: 1.0e-3}",
+        "training.offload=all",
+    ],
     "pipeline": [
         "training.tensor_parallel=1",
         "training.pipeline_parallel=2",
+        "rollout.oversample=0.5",
         "algorithm.kl={coefficient: 0.1, estimator: full}",
     ],
     "data": [

@@ -11,7 +11,9 @@ from megatron_agent.errors import ConfigError
 
 
 def test_names_are_files():
-    assert registry.names("algorithms") == ("grpo",)
+    assert registry.names("algorithms") == tuple(sorted(registry.names("algorithms"))) and "grpo" in registry.names(
+        "algorithms"
+    )
     assert set(registry.names("rewards")) >= {"vl_agent", "exact_match"}
     assert "visual_toolbox_v2" in registry.names("envs") and "qwen2_5_vl" in registry.names("models")
     for kind in ("algorithms", "rewards", "envs", "models"):
@@ -40,11 +42,12 @@ def test_a_name_is_its_class():
 
 
 def test_an_unknown_name_suggests_the_nearest():
-    with pytest.raises(ConfigError, match=r"algorithms: unknown name 'grop'; did you mean 'grpo'\?.*Known: grpo"):
+    with pytest.raises(ConfigError, match=r"algorithms: unknown name 'grop'; did you mean 'grpo'\?.*Known: .*, grpo, "):
         registry.resolve("algorithms", "grop")
     with pytest.raises(ConfigError) as caught:
         registry.resolve("algorithms", "zzzzzz")
-    assert str(caught.value) == "algorithms: unknown name 'zzzzzz'. Known: grpo, or 'package.module:Class'"
+    known = ", ".join(registry.names("algorithms"))
+    assert str(caught.value) == f"algorithms: unknown name 'zzzzzz'. Known: {known}, or 'package.module:Class'"
 
 
 @pytest.mark.parametrize(("kind", "name"), [("algorithms", "base"), ("models", "attention"), ("rewards", "judge")])

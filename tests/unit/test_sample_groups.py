@@ -26,8 +26,11 @@ class World:
         self.drawn += count
         return [Task(str(i), "", (), (), "", "", "") for i in range(self.drawn - count, self.drawn)]
 
-    async def sample(self, tasks, step):
-        self.rounds.append(len(tasks))
+    def num_wanted(self, num_groups):
+        return num_groups
+
+    async def sample(self, tasks, step, num_groups):
+        self.rounds.append(num_groups)
         rewards = [self.rewards[int(task.task_id)][:-1] for task in tasks]
         return [TrajectoryGroup(task, [trajectory(task, r) for r in group]) for task, group in zip(tasks, rewards)]
 
@@ -41,7 +44,7 @@ def play(rewards, algorithm, prompts=2):
         data=SimpleNamespace(train=world), algorithm=algorithm, rollouts=world,
         config=SimpleNamespace(training=SimpleNamespace(prompts_per_step=prompts)),
     )  # fmt: skip
-    parts._sample = lambda tasks, step: Stages._sample(parts, tasks, step)
+    parts._sample = lambda *arguments: Stages._sample(parts, *arguments)
     kept, refused = asyncio.run(Stages.sample_groups(parts, 1))
     return world, kept, refused
 

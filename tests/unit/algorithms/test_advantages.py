@@ -11,7 +11,7 @@ import pytest
 
 from megatron_agent import registry
 from megatron_agent.algorithms.advantages import gae, returns_to_go, token_rewards, whitened
-from megatron_agent.config import build
+from megatron_agent.options import build
 from megatron_agent.types import TrainSample
 
 # prompt, actions, an observation, actions, the last observation; a row of one action; one that is masked

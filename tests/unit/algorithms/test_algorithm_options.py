@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_agent import registry
-from megatron_agent.config import build
 from megatron_agent.errors import ConfigError
+from megatron_agent.options import build
 
 REFUSED = [
     ("grpo", {"clip_low": 0.0}, "algorithm.clip_low=0.0"),

@@ -7,7 +7,7 @@ import torch
 
 from megatron_agent.algorithms.advantages import group_centred, spread
 from megatron_agent.algorithms.grpo import GRPO
-from megatron_agent.config import build
+from megatron_agent.options import build
 from megatron_agent.types import LossInputs, TrainSample
 
 DR_GRPO = {"normalise_std": False, "aggregation": "fixed-length", "fixed_length_tokens": 256}

@@ -13,7 +13,7 @@ from megatron_agent import registry
 from megatron_agent.algorithms.divergence import kl_estimate, next_coefficient
 from megatron_agent.algorithms.objectives import clipped_ratio_loss, importance_weights
 from megatron_agent.algorithms.options import ImportanceOptions, KLOptions
-from megatron_agent.config import build
+from megatron_agent.options import build
 from megatron_agent.training.loss import aggregation_weights
 from megatron_agent.types import BatchSize, LossInputs
 

@@ -162,7 +162,8 @@ def test_schemas():
 
 @pytest.mark.parametrize(("options", "why"), [({"coordinate_space": "shown"}, "'shown'; allowed: seen, original"),
                                               ({"max_pixels": 10}, "max_pixels=10"), ({"min_side_px": -1}, "-1"),
-                                              ({"max_aspect_ratio": 500}, "500")])  # fmt: skip
+                                              ({"max_aspect_ratio": 500}, "500"),
+                                              ({"call_reward": float("inf")}, "call_reward is inf")])  # fmt: skip
 def test_config_refuses(options, why):
     with pytest.raises(ConfigError, match=why):
         VisualToolboxV2.Config(**options)

@@ -50,6 +50,25 @@ def test_values_and_gradients_equal_log_softmax(group, rows, vocab_size, tempera
     assert (ours[1].grad[vocab_size:] == 0).all() and ours[1].grad.abs().max() > 0.1
 
 
+def test_banned_tokens_are_as_good_as_not_there(group, rows):
+    """Also where some are columns of other ranks."""
+    hidden, weight, targets = rows
+    banned = (2, 7, 25)
+    ours, theirs = (weight.clone().requires_grad_() for _ in range(2))
+    shard = VocabularyShard(24, 0, group, banned_token_ids=banned)
+    logprobs, entropy = target_logprobs(hidden, ours, targets, shard, 0.7)
+    logits = hidden @ theirs.t() / 0.7
+    logits = logits.index_fill(1, torch.tensor(banned[:2]), -torch.inf)
+    expected = logits.log_softmax(-1)
+    chosen = expected[torch.arange(len(targets)), targets]
+    torch.testing.assert_close(logprobs, chosen, rtol=0, atol=3e-6)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy(), rtol=0, atol=3e-6)
+    logprobs.sum().backward()
+    chosen.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    assert ours.grad[[2, 7]].abs().max() < 1e-20 and ours.grad.abs().max() > 0.1
+
+
 def test_never_more_than_a_chunk_of_logits(group):
     """The largest tensor that any operation makes, forward and backward, has a chunk of rows."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -5,8 +5,9 @@ import asyncio
 import pytest
 
 from megatron_agent.errors import ConfigError
+from megatron_agent.rewards.base import has_format_error
 from megatron_agent.rewards.exact_match import ExactMatchReward
-from megatron_agent.rewards.vl_agent import VlAgentReward, has_format_error
+from megatron_agent.rewards.vl_agent import VlAgentReward
 from megatron_agent.types import Status, Task, ToolCall, Trajectory, Turn, Unscored
 
 TASK = Task("t:0", "vstar", (), (), "visual_toolbox_v2", "red", "Which colour?")

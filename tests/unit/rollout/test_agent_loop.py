@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_agent.envs.base import Observation, StepResult, ToolBase
-from megatron_agent.errors import ConfigError, DataError
+from megatron_agent.errors import ConfigError, DataError, RequestLostError
 from megatron_agent.rollout.agent_loop import AgentConfig, run_episode
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.rollout.scripted import check_scripted, scripted_generate
@@ -30,10 +30,13 @@ class ToolSession:
 
     def __init__(self, text="zoom", images=(), rendered_text=None, seconds=0.0):
         self.text, self.images, self.rendered_text, self.seconds = text, list(images), rendered_text, seconds
-        self.actions, self.image_refs, self.seen = [], [], []
+        self.actions, self.image_refs, self.seen, self.num_closed = [], [], [], 0
 
     def reset(self, task):
         self.image_refs = list(task.images)
+
+    def close(self):
+        self.num_closed += 1
 
     def step(self, action_text):
         self.actions.append(action_text)
@@ -108,6 +111,44 @@ def test_every_call_of_the_model_sees_the_row_so_far(renderer):
     assert [rest for _, *rest in rows] == [[[PICTURE], 9, ("</tool_call>",)], [[PICTURE, CROP], 9, ("</tool_call>",)]]
 
 
+def test_what_ends_a_turn(renderer):
+    class Searching(ToolBase):
+        stop = ("<|end_of_query|>", "</tool_call>")
+
+    scripted, stops = says_in_turn(renderer, "red"), []
+
+    async def generate(row, images, sampling):
+        stops.append(sampling.stop)
+        return await scripted(row, images, sampling)
+
+    session = ToolSession()
+    session.tool = Searching()
+    play(renderer, generate, session, custom_stop=["\n\n"], stop_after_tool_call=True)
+    no_tool = replace(TASK, env_name="")
+    scripted = says_in_turn(renderer, "red")
+    play(renderer, generate, session, task=no_tool, custom_stop=["\n\n"], stop_after_tool_call=True)
+    assert stops == [("\n\n", "</tool_call>", "<|end_of_query|>"), ("\n\n",)]
+
+
+def test_the_tool_is_closed_however_the_episode_ends(renderer):
+    class Closing(ToolBase):
+        def close(self):
+            raise AssertionError("the session stands before it")
+
+    sessions = [ToolSession(), ToolSession(), ToolSession()]
+    for session in sessions:
+        session.tool = Closing()
+
+    async def hangs(row, images, sampling):
+        raise asyncio.CancelledError
+
+    play(renderer, ["red"], sessions[0])
+    play(renderer, says(renderer, renderer.encode("zoom"), "aborted"), sessions[1])
+    with pytest.raises(asyncio.CancelledError):
+        play(renderer, hangs, sessions[2])
+    assert [session.num_closed for session in sessions] == [1, 1, 1]
+
+
 def test_every_turn_has_random_numbers_of_its_own(renderer):
     scripted, seeds = says_in_turn(renderer, "zoom", "zoom", "red"), []
 
@@ -175,6 +216,27 @@ def test_placeholder_of_the_model_is_cut_off(renderer):
 def test_aborted_generation(renderer):
     trajectory = play(renderer, says(renderer, renderer.encode("zoom"), "aborted"), ToolSession())
     assert (trajectory.status, trajectory.text) == (Status.ABORTED, "zoom")
+
+
+def test_a_lost_request_ends_its_trajectory_alone(renderer, caplog):
+    scripted = says_in_turn(renderer, "zoom")
+
+    async def generate(row, images, sampling):
+        if len(images) > 1:
+            raise RequestLostError("3 engines died")
+        return await scripted(row, images, sampling)
+
+    trajectory = play(renderer, generate, ToolSession(images=[CROP]))
+    assert (trajectory.status, len(trajectory.turns)) == (Status.ENGINE_LOST, 1)
+    assert "task t0, sample 3: 3 engines died" in caplog.text
+
+
+def test_what_an_end_means_to_the_loss():
+    agent = AgentConfig(on_status={"length": "mask", "aborted": "penalise"})
+    meant = {status: agent.loss_use(status).value for status in Status}
+    assert meant == dict.fromkeys(Status, "keep") | {
+        Status.LENGTH: "mask", Status.ABORTED: "penalise", Status.UNSCORED: "drop", Status.ENGINE_LOST: "drop"
+    }  # fmt: skip
 
 
 def test_tool_that_passes_its_deadline(renderer):
@@ -261,8 +323,10 @@ def test_script_that_does_not_go_through(renderer, script, options, why):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("max_turns", 0), ("max_vllm_videos", 1), ("tool_timeout_s", 0.0), ("custom_stop", [""]), ("tool_name_key", "")],
-)
+    [("max_turns", 0), ("max_vllm_videos", 1), ("tool_timeout_s", 0.0), ("custom_stop", [""]), ("tool_name_key", ""),
+     ("on_status", {"lenght": "mask"}), ("on_status", {"length": "hide"}), ("on_status", {"unscored": "mask"}),
+     ("status_penalty", -1.0)],
+)  # fmt: skip
 def test_config_names_what_is_wrong(option, value):
     with pytest.raises(ConfigError, match=f"agent.{option}"):
         AgentConfig(**{option: value})

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from megatron_agent.rollout.collect import collect, rollout_metrics, trajectory_seed
-from megatron_agent.types import RewardParts, Status, Task, ToolCall, Trajectory, TrajectoryGroup, Turn, Unscored
+from megatron_agent.rollout.collect import Collection, collect, rollout_metrics, trajectory_seed, weigh_end
+from megatron_agent.types import LossUse, RewardParts, Status, Task, ToolCall, Trajectory, TrajectoryGroup, Turn, Unscored
 
 
 def task(name, env_name="", **extra_info):
@@ -67,6 +67,52 @@ def test_a_failure_stops_the_other_episodes():
     assert cancelled[0] == 0  # sample 2 may just have taken the place of the one that failed
 
 
+def test_groups_are_handed_over_as_they_finish_and_others_can_be_started_meanwhile():
+    async def main():
+        gates, cancelled = {name: asyncio.Event() for name in "abcd"}, []
+
+        async def run_one(item, index):
+            try:
+                await gates[item.task_id].wait()
+            except asyncio.CancelledError:
+                cancelled.append((item.task_id, index))
+                raise
+            return Trajectory(item, index, [])
+
+        collection = Collection(SampleIndexReward(), max_in_flight=100)
+        collection.start([task("a"), task("b")], 2, run_one)
+        gates["b"].set()
+        number, group = await collection.next()
+        assert (number, group.task.task_id, [t.sample_index for t in group.trajectories]) == (1, "b", [0, 1])
+        collection.start([task("c"), task("d")], 1, run_one)
+        gates["a"].set()
+        gates["d"].set()
+        assert sorted([(await collection.next())[0] for _ in range(2)]) == [0, 3]
+        assert len(collection) == 1 and not cancelled
+        await collection.cancel()
+        assert len(collection) == 0 and cancelled == [("c", 0)]
+
+    asyncio.run(main())
+
+
+def test_ends_are_typed_and_weigh():
+    async def run_one(item, index):
+        status = {1: Status.ENGINE_LOST, 2: Status.LENGTH, 4: Status.ABORTED}.get(index, Status.ANSWERED)
+        return Trajectory(item, index, [], [turn(2)], status)
+
+    (group,) = asyncio.run(collect([task("a")], 4, run_one, SampleIndexReward(), max_in_flight=9))
+    statuses = [t.status for t in group.trajectories]
+    assert statuses == [Status.ANSWERED, Status.ENGINE_LOST, Status.LENGTH, Status.UNSCORED]
+    assert [isinstance(t.reward, Unscored) for t in group.trajectories] == [False, True, False, True]
+    for trajectory in group.trajectories:
+        weigh_end(trajectory, LossUse.PENALISE, 0.5)
+    assert group.trajectories[2].reward.total == pytest.approx(0.8 - 0.5)
+    assert group.trajectories[2].reward.parts == {"accuracy": 1.0, "status_penalty": -0.5}
+    assert isinstance(group.trajectories[3].reward, Unscored)
+    metrics = rollout_metrics([group])
+    assert metrics["status/engine_lost"] == metrics["status/unscored"] == metrics["status/length"] == 0.25
+
+
 def test_seeds_are_stable_and_differ():
     assert trajectory_seed(0, 1, "a", 2) == trajectory_seed(0, 1, "a", 2) == 1886011010
     seeds = {trajectory_seed(run, step, name, i) for run in (0, 1) for step in (0, 1) for name in "ab" for i in range(8)}
@@ -109,3 +155,17 @@ def test_an_episode_without_room_for_a_turn_counts():
     metrics = rollout_metrics([TrajectoryGroup(full.task, [full])])
     assert (metrics["status/context_full"], metrics["response_tokens"], metrics["response_turns"]) == (1.0, 0.0, 0.0)
     assert (metrics["unscored"], metrics["iou"], metrics["tool/calls"]) == (1.0, 0.0, 0.0)
+
+
+def test_accuracy_of_every_source_where_there_are_several():
+    def of(source, accuracy):
+        item = Task("a", source, (), (), "", "", "")
+        scored = Unscored("judge away") if accuracy is None else RewardParts({"accuracy": accuracy}, {"accuracy": 1.0})
+        return TrajectoryGroup(item, [Trajectory(item, 0, [], [turn(1)], Status.ANSWERED, scored)])
+
+    metrics = rollout_metrics([of("vstar", 1.0), of("vstar", 0.0), of("chart", 1.0), of("chart", None), of("broken", None)])
+    assert {name: value for name, value in metrics.items() if name.startswith("source/")} == {
+        "source/vstar/accuracy": 0.5, "source/chart/accuracy": 1.0,
+    }  # fmt: skip
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert not [name for name in rollout_metrics([of("vstar", 1.0), of("vstar", 0.0)]) if name.startswith("source/")]

@@ -40,7 +40,7 @@ def test_first_difference_names_the_token():
 
 def test_configuration_imports_nothing_heavy():
     code = (
-        "import sys, megatron_agent.rollout.engine, megatron_agent.rollout.agent_loop, megatron_agent.rollout.pool\n"
+        "import sys, megatron_agent.rollout.engine, megatron_agent.rollout.agent_loop, megatron_agent.rollout.rollouts\n"
         "heavy = {'ray', 'vllm', 'torch', 'transformers', 'megatron.core'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from megatron_agent.errors import EngineError, WeightSyncError
+from megatron_agent.errors import EngineError, RequestLostError, WeightSyncError
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.rollout.pool import EnginePool
 
@@ -78,6 +78,26 @@ def test_a_dead_engine_hands_its_trajectories_on():
     assert engines == [0, 1]
     assert handles[1].rows == [[1, 2]]
     assert (handles[0].versions, handles[1].versions) == ([], [({"n": 1}, 4)])
+
+
+def test_a_request_that_kills_engine_after_engine_is_given_up():
+    class Fragile(Handle):
+        async def _generate(self, row, images, sampling):
+            if row == [13]:
+                self.alive = False
+            return await super()._generate(row, images, sampling)
+
+    async def main():
+        handles = [Fragile(i) for i in range(4)]
+        pool = EnginePool(handles)
+        with pytest.raises(RequestLostError, match="3 engines died under one request of 1 tokens"):
+            await pool.generate("a", [13], [], Sampling())
+        assert pool.handles == [handles[3]]
+        assert (await pool.generate("b", [1], [], Sampling())).token_ids == [3]
+        with pytest.raises(EngineError, match="every rollout engine"):
+            await EnginePool([Fragile(i) for i in range(3)]).generate("a", [13], [], Sampling())
+
+    asyncio.run(main())
 
 
 def test_an_engine_whose_vllm_died_is_left_and_a_refused_request_is_raised():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_agent import registry
-from megatron_agent.config import build
+from megatron_agent.options import build
 from megatron_agent.training.actor import TrainingConfig
 from megatron_agent.training.checkpoint import complete_checkpoints
 from megatron_agent.training.checksums import first_problem, read_checksums

@@ -5,7 +5,7 @@ import pytest
 from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.algorithms.grpo import GRPO
 from megatron_agent.training.samples import to_sample, to_samples
-from megatron_agent.types import ImageRef, RewardParts, Task, Trajectory, TrajectoryGroup, Turn, Unscored
+from megatron_agent.types import ImageRef, LossUse, RewardParts, Task, Trajectory, TrajectoryGroup, Turn, Unscored
 
 PICTURE, CROP = ImageRef("p", 56, 56), ImageRef("p", 28, 28, crop_box_px=(0, 0, 9, 9))
 TASK = Task("file:3", "vstar", (), (PICTURE,), "visual_toolbox_v2", "red", "Which?")
@@ -51,6 +51,16 @@ class Position(Algorithm):
 
     def loss(self, inputs):
         raise NotImplementedError
+
+
+def test_a_masked_trajectory_counts_in_its_group_and_a_dropped_one_does_not():
+    good = two_turns()
+    masked, dropped, bad = (two_turns(RewardParts({"accuracy": 0.0}, {"accuracy": 1.0})) for _ in range(3))
+    masked.loss_use, dropped.loss_use = LossUse.MASK, LossUse.DROP
+    assert to_sample(masked).num_action_tokens == 0
+    (sample,) = to_samples([TrajectoryGroup(TASK, [good, masked, dropped])], GRPO(GRPO.Config()))
+    (same, _) = to_samples([TrajectoryGroup(TASK, [good, bad])], GRPO(GRPO.Config()))
+    assert sample.advantages_T == same.advantages_T and sample.advantages_T[2] > 0
 
 
 def test_unscored_trajectories_are_left_out_and_empty_ones_are_no_rows():
