@@ -170,7 +170,6 @@ def make_learner(
         its_training = replace(training, stage_layers=[])
         its_training.layout = family.balanced(its_training.layout)
         workers = cluster.start_workers(config, store, its_training.layout)
-        workers = cluster.start_workers(config, store, its_training.layout)
         learner.teacher = Actor(workers, its_training, "all", banned_token_ids)
     return learner
 
