@@ -36,7 +36,7 @@ async def run(config: RunConfig) -> dict[str, dict[str, float]]:
     cluster.start_ray()
     try:
         parts, ready = stages.start(config, family, data, store)
-        await asyncio.gather(*ready)
+        await asyncio.gather(parts.rollouts.reward.start(), *ready)
         if saved:
             await parts.actor.load(saved[-1])
             await parts.sync_weights()
@@ -44,6 +44,7 @@ async def run(config: RunConfig) -> dict[str, dict[str, float]]:
         for name, tasks in (("heldout", data.heldout), ("without_tool", data.without_tool)):
             if tasks:
                 results[name], _ = await evaluate(parts.rollouts, tasks)
+        await parts.rollouts.reward.close()
         return results
     finally:
         cluster.stop_ray()

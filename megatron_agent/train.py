@@ -62,6 +62,7 @@ async def train(config: RunConfig) -> Progress:
                 raise
             finally:  # episodes that were carried over, while there is still a Ray to cancel them in
                 await parts.rollouts.close()
+                await parts.rollouts.reward.close()
             await parts.checkpoints.finish(parts.learner)
             write_report(config, progress, store)
             boards.note(f"done: {config.folder}/summary.json, curves.png, trajectories.html")
@@ -76,6 +77,7 @@ async def get_ready(
     """Trainer and engines up, warm start done or checkpoint loaded, the engines on the trainer's weights."""
     with progress.timed("seconds_setup"):
         parts, (trainer_ready, engines_ready) = stages.start(config, family, data, store)
+        await stop.or_done(parts.rollouts.reward.start(), "checking the judge", boards)
         await stop.or_done(trainer_ready, "starting the trainer", boards, beside=engines_ready)
     if data.warmup:
         with progress.timed("seconds_train"):
