@@ -155,12 +155,16 @@ class Stages:
         return [replace(group, greedy=one) for group, one in zip(groups, greedy, strict=True)]
 
 
-def make_learner(config: RunConfig, store: ImageStore, banned_token_ids: tuple[int, ...] = ()) -> Learner:
-    """The policy's ranks and, where the algorithm needs them, a critic's and a teacher's; not set up yet."""
+def make_learner(
+    config: RunConfig, store: ImageStore, banned_token_ids: tuple[int, ...] = (), with_training: bool = True
+) -> Learner:
+    """The policy's ranks and, where training needs them, a critic's and a teacher's; not set up yet."""
     training = config.training
     algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
     workers = cluster.start_workers(config, store)
     learner = Learner(Actor(workers, training, banned_token_ids=banned_token_ids), algorithm)
+    if not with_training:
+        return learner
     if algorithm.needs_critic:
         learner.critic = Critic(cluster.start_workers(config, store), training)
     if (family := teacher_family(config)) is not None:
@@ -177,13 +181,13 @@ def teacher_family(config: RunConfig) -> ModelFamily | None:
 
 
 async def set_up(config: RunConfig, learner: Learner) -> None:
-    """All of its models, from their Hugging Face folders."""
-    name, seed, vision = config.model.family, config.seed, config.vision
-    await learner.actor.set_up(name, config.model.path, seed, vision)
-    if learner.critic is not None:
-        await learner.critic.set_up(name, config.model.path, seed, vision)
-    if learner.teacher is not None:
-        await learner.teacher.set_up(name, learner.algorithm.teacher_path, seed, vision)
+    """All of its models, from their Hugging Face folders, one after another: the others leave the device to the policy."""
+    models = [(learner.critic, config.model.path), (learner.teacher, learner.algorithm.teacher_path)]
+    for model, path in models:
+        if model is not None:
+            await model.set_up(config.model.family, path, config.seed, config.vision)
+            await model.to_host()
+    await learner.actor.set_up(config.model.family, config.model.path, config.seed, config.vision)
 
 
 def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore) -> tuple[Stages, list[asyncio.Task]]:
@@ -193,7 +197,7 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
     """
     renderer = family.renderer(config.agent.vl_model_path or config.model.path)
     banned = tuple(sorted(renderer.reserved_ids)) if config.rollout.ban_special_tokens else ()
-    learner = make_learner(config, store, banned)
+    learner = make_learner(config, store, banned, with_training=data.train is not None)
     restart = functools.partial(cluster.start_engine, config, store)
     pool = EnginePool(cluster.start_engines(config, store), restart, config.rollout.max_restarts)
     reward = registry.resolve("rewards", config.reward_name)(config.reward)
