@@ -13,8 +13,9 @@ import yaml
 from megatron_agent import cluster, registry
 from megatron_agent.checkpoints import Checkpoints
 from megatron_agent.config import RunConfig, to_dict
-from megatron_agent.data.dataset import DatasetReport, TaskStream, drop_long_prompts, read_tasks
+from megatron_agent.data.dataset import DatasetReport, drop_long_prompts, read_tasks, training_stream
 from megatron_agent.data.images import ImageStore
+from megatron_agent.data.stream import TaskMix, TaskStream
 from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.rollout.pool import EnginePool
@@ -35,7 +36,7 @@ MIN_ANSWER_TOKENS = 16  # a prompt that leaves less room than this cannot be ans
 class Data:
     """Every row that the run may use, read and checked before anything expensive starts."""
 
-    train: TaskStream | None
+    train: TaskStream | TaskMix | None
     heldout: list[Task] = field(default_factory=list)
     without_tool: list[Task] = field(default_factory=list)
     warmup: list[Task] = field(default_factory=list)
@@ -83,23 +84,23 @@ def read_data(
         )
         report = reports[name]
         log.info("%s: %d rows, %d bad, %d small pictures enlarged", name, report.num_rows, report.num_bad, report.num_upscaled)
-        tasks, dropped = drop_long_prompts(tasks, num_prompt_tokens, limit_tokens)
+        tasks, dropped = drop_long_prompts(tasks, num_prompt_tokens, limit_tokens, config.data.num_workers)
         if dropped:
             shown = ", ".join(dropped[:5])
             log.warning("%s: %d prompts over %d tokens left out: %s ...", name, len(dropped), limit_tokens, shown)
         return tasks
 
-    train = read("train", config.data.train_files) if with_training else []
+    train = read("train", config.data.all_train_files()) if with_training else []
     limit = config.evaluation.max_rows or None
     data = Data(
-        TaskStream(train, config.seed, config.data.shuffle) if train else None,
+        training_stream(train, config.data, config.seed, config.training.prompts_per_step) if train else None,
         read("heldout", config.evaluation.files)[:limit],
         read("without_tool", config.evaluation.without_tool_files)[:limit],
         read("warmup", config.sft.files, script=True) if wants_warmup else [],
         reports,
     )
     if with_training and config.training.num_steps and data.train is None:
-        raise DataError("data.train_files is empty, and training.num_steps asks for updates")
+        raise DataError("data.train_files is empty (and data.mix), and training.num_steps asks for updates")
     if wants_warmup and not data.warmup:
         raise DataError("sft.files is empty, and sft.num_steps asks for a warm start")
     return data
@@ -154,12 +155,16 @@ class Stages:
         return [replace(group, greedy=one) for group, one in zip(groups, greedy, strict=True)]
 
 
-def make_learner(config: RunConfig, store: ImageStore, banned_token_ids: tuple[int, ...] = ()) -> Learner:
-    """The policy's ranks and, where the algorithm needs them, a critic's and a teacher's; not set up yet."""
+def make_learner(
+    config: RunConfig, store: ImageStore, banned_token_ids: tuple[int, ...] = (), with_training: bool = True
+) -> Learner:
+    """The policy's ranks and, where training needs them, a critic's and a teacher's; not set up yet."""
     training = config.training
     algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
     workers = cluster.start_workers(config, store)
     learner = Learner(Actor(workers, training, banned_token_ids=banned_token_ids), algorithm)
+    if not with_training:
+        return learner
     if algorithm.needs_critic:
         learner.critic = Critic(cluster.start_workers(config, store), training)
     if (family := teacher_family(config)) is not None:
@@ -176,13 +181,13 @@ def teacher_family(config: RunConfig) -> ModelFamily | None:
 
 
 async def set_up(config: RunConfig, learner: Learner) -> None:
-    """All of its models, from their Hugging Face folders."""
-    name, seed, vision = config.model.family, config.seed, config.vision
-    await learner.actor.set_up(name, config.model.path, seed, vision)
-    if learner.critic is not None:
-        await learner.critic.set_up(name, config.model.path, seed, vision)
-    if learner.teacher is not None:
-        await learner.teacher.set_up(name, learner.algorithm.teacher_path, seed, vision)
+    """All of its models, from their Hugging Face folders, one after another: the others leave the device to the policy."""
+    models = [(learner.critic, config.model.path), (learner.teacher, learner.algorithm.teacher_path)]
+    for model, path in models:
+        if model is not None:
+            await model.set_up(config.model.family, path, config.seed, config.vision)
+            await model.to_host()
+    await learner.actor.set_up(config.model.family, config.model.path, config.seed, config.vision)
 
 
 def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore) -> tuple[Stages, list[asyncio.Task]]:
@@ -192,7 +197,7 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
     """
     renderer = family.renderer(config.agent.vl_model_path or config.model.path)
     banned = tuple(sorted(renderer.reserved_ids)) if config.rollout.ban_special_tokens else ()
-    learner = make_learner(config, store, banned)
+    learner = make_learner(config, store, banned, with_training=data.train is not None)
     restart = functools.partial(cluster.start_engine, config, store)
     pool = EnginePool(cluster.start_engines(config, store), restart, config.rollout.max_restarts)
     reward = registry.resolve("rewards", config.reward_name)(config.reward)
@@ -208,5 +213,7 @@ def record_config(config: RunConfig) -> None:
 
 
 def image_store(config: RunConfig) -> ImageStore:
-    """Shared by all runs of an output folder: pictures are known by their content."""
-    return ImageStore((Path(config.output_dir) / ".images").absolute(), config.data.pixel_limits(), cache_pictures=4096)
+    """Shared by all runs of an output folder, or of `data.image_dir`: pictures are known by their content."""
+    data = config.data
+    root = Path(data.image_dir or Path(config.output_dir) / ".images").absolute()
+    return ImageStore(root, data.pixel_limits(), cache_pictures=4096, cache_bytes=data.image_cache_mib << 20)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import ConfigError, EngineError, RequestLostError, WeightSyncError
-from megatron_agent.rollout.generation import Generation, Sampling, first_difference, joined, versions_of
+from megatron_agent.rollout.generation import Generation, Sampling, first_difference, versions_of
 from megatron_agent.types import BANNED_LOGIT_BIAS, TRANSPORTS, ImageRef
 
 if TYPE_CHECKING:
@@ -163,8 +163,6 @@ class Engine:
         self.model_path, self.config, self.store = model_path, config, store
         self.image_pad_id: int | None = getattr(AutoConfig.from_pretrained(model_path), "image_token_id", None)
         self._request_ids = itertools.count()
-        self._serves = asyncio.Event()  # not while weights come
-        self._serves.set()
         self._num_requests = self._num_tokens = self._num_prompt_tokens = self._num_cached_tokens = 0
         self._seed, self._max_images = seed, max_images
         self._weight_transfer, self._worker_extension = weight_transfer, worker_extension
@@ -226,22 +224,24 @@ class Engine:
     async def generate(self, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
         """Sample one turn behind `row` (one image token per merged patch; `images` in row order).
 
-        A weight sync ends a request under way; the turn then goes on behind the tokens that it has.
+        A weight update cuts it: what was sampled so far stays, with the version that sampled it, and the rest is sampled
+        behind it from the new weights. The tokens that might begin a stop string are sampled again.
         Raises RequestLostError when vLLM fails on this request again and again, EngineError when it refuses it or expands
         its pictures into another row than `row`: the trainer would train on tokens that the model never saw.
         """
-        turn = await self._part_of_turn(row, images, sampling)
-        while turn.stop_reason == "aborted" and self.image_pad_id not in turn.token_ids:
-            count = len(turn.token_ids)
-            seed = None if sampling.seed is None else sampling.seed + count
-            left = replace(sampling, max_tokens=sampling.max_tokens - count, seed=seed)
-            turn = joined(turn, await self._part_of_turn(row + turn.token_ids, images, left))
+        turn = await self._sampled(row, images, sampling)
+        while turn.stop_reason == "aborted":
+            partial_stop = max((len(stop.encode()) for stop in sampling.stop), default=1) - 1
+            turn = turn.first(len(turn.token_ids) - partial_stop)
+            num_tokens = len(turn.token_ids)
+            seed = None if sampling.seed is None else (sampling.seed + num_tokens) % 2**31  # other random numbers
+            rest = replace(sampling, max_tokens=sampling.max_tokens - num_tokens, seed=seed)
+            turn = turn.then(await self._sampled(row + turn.token_ids, images, rest))
         return turn
 
-    async def _part_of_turn(self, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
+    async def _sampled(self, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
         prompt = self._prompt(row, images)
         for _ in range(CACHE_MISS_ATTEMPTS):
-            await self._serves.wait()
             final = await self._request(prompt, self._parameters(sampling))
             if final.outputs[0].finish_reason != "error":
                 break
@@ -313,27 +313,25 @@ class Engine:
     async def sync_weights(self, update: dict[str, Any], version: int) -> None:
         """Replace the weights by what the receivers get for `update`; tokens from now on carry `version`.
 
-        waits for: the running step, then the receivers. Requests in flight end and are asked for again behind the tokens that
-        they have (`generate`), so that every new token follows from the new weights alone. Kept in vLLM's queue (mode "keep")
-        they would kill it: a picture that its prefix cache covered cannot be encoded again (vLLM 0.32, strip_covered_mm_data).
+        waits for: the running step, then the receivers. Turns in flight are cut and go on afterwards (`generate`); what was
+        computed under the old weights is computed anew, so that every new token follows from the new weights alone.
         Raises WeightSyncError and leaves the engine paused: nothing may be sampled from weights that are half old.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         try:
-            self._serves.clear()
+            # Not "keep": where the prefix cache had a picture, vLLM 0.32's worker has no pixels to encode it anew from.
             await self.llm.pause_generation(mode="abort", clear_cache=False)
             await self.llm.start_weight_update()
             await self.llm.update_weights(WeightTransferUpdateRequest(update_info=update))
             await self.llm.finish_weight_update(weight_version=str(version))
-            await self.llm.reset_prefix_cache(reset_running_requests=True)
+            await self.llm.reset_prefix_cache()
             # Pictures stay encoded by the old vision tower unless these go too.
             await self.llm.reset_mm_cache()
             await self.llm.reset_encoder_cache()
         except Exception as error:  # noqa: BLE001 - whatever it was, the weights are not known to be whole
             raise WeightSyncError(f"weights of version {version} did not arrive: {error!r}; generation stays paused") from None
         await self.llm.resume_generation()
-        self._serves.set()
 
     async def describe(self) -> list[dict[str, tuple[int, ...] | None]]:
         """Parameter name -> shape (None: packed) of every worker, as vLLM holds them (needs the worker extension)."""

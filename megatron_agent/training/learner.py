@@ -49,8 +49,7 @@ class Learner:
             if start is not None:
                 await self.critic.load_weights(start)
             await self.critic.reset_optimizer(self.algorithm.config.critic.lr, self.critic.config.clip_grad)
-        for beside in filter(None, (self.critic, self.teacher)):
-            await beside.to_host()
+            await self.critic.to_host()
 
     async def update(self, samples: list[TrainSample], step: int, num_minibatches: int, temperature: float) -> dict[str, float]:
         """Step `step`, from 1, on scored samples -> metrics. Nothing happens without action tokens."""

@@ -12,7 +12,7 @@ from megatron_agent.training.loss import Supervised
 from megatron_agent.training.options import OptimizerOptions
 from megatron_agent.types import BatchSize
 
-NUM_ROWS = 7  # no multiple of the data-parallel ranks
+NUM_ROWS = 5  # no multiple of the data-parallel ranks
 
 
 def complete_gradients(model):
@@ -139,10 +139,10 @@ def on_policy(path, layout):
     for index, sample in enumerate(samples):
         of_actions = iter(logprobs[index])
         sample.old_logprobs_T = [next(of_actions) if own else 0.0 for own in sample.action_mask_T]
-    for name, algorithm in algorithms().items():
+    for name in registry.names("algorithms"):
+        algorithm = registry.resolve("algorithms", name)()
         _, stats = gradients.of(samples, gradients.plan(52), algorithm, BatchSize.of(samples))
-        if "ratio" in stats.sums:
-            found[name] = (stats.maxima["ratio_deviation_max"], stats.means()["clip_fraction"])
+        found[name] = (stats.maxima["ratio_deviation_max"], stats.means()["clip_fraction"])
     return found
 
 

@@ -45,9 +45,24 @@ def train_rows(folder):
 
 
 LAYOUTS = {
-    "tensor": ["rollout.ban_special_tokens=true"],  # of a vocabulary that is split over the ranks
-    "pipeline": ["training.tensor_parallel=1", "training.pipeline_parallel=2", "rollout.oversample=0.5"],
-    "data": ["training.tensor_parallel=1", "training.data_parallel=2", "training.minibatches_per_step=2"],
+    "tensor": [
+        "rollout.ban_special_tokens=true",  # of a vocabulary that is split over the ranks
+        "algorithm.name=ppo",
+        "algorithm.critic={lr: 1.0e-3}",
+        "training.offload=all",
+    ],
+    "pipeline": [
+        "training.tensor_parallel=1",
+        "training.pipeline_parallel=2",
+        "rollout.oversample=0.5",
+        "algorithm.kl={coefficient: 0.1, estimator: full}",
+    ],
+    "data": [
+        "training.tensor_parallel=1",
+        "training.data_parallel=2",
+        "training.minibatches_per_step=2",
+        "algorithm={name: reinforce_plus_plus, kl: {coefficient: 0.1, where: reward, estimator: k1}}",
+    ],
 }
 
 
@@ -63,6 +78,8 @@ def test_two_steps_then_resume(overrides, tmp_path, layout):
         assert row["logprob_gap_mean"] <= 1e-5  # vLLM against Megatron, pictures included
         if layout != "data":
             assert row["ratio_max"] == 1.0  # one update per batch: the policy that sampled is the one that is updated
+        assert row["first/ratio_deviation_max"] <= 1e-5 and row["first/clip_fraction"] == 0
+        assert ("value_explained_variance" in row) == (layout == "tensor") and ("kl" in row) == (layout != "tensor")
     assert [row["weight_version"] for row in rows] == [2.0, 3.0]
     summary = json.loads((folder / "summary.json").read_text())
     assert {name for name in SUMMARY_KEYS if summary[name] is None} == set()
@@ -80,7 +97,7 @@ def test_two_steps_then_resume(overrides, tmp_path, layout):
         whole = [*overrides, "training.num_steps=3", "name=whole"]
         run(whole)
         resumed, never_stopped = train_rows(folder)[2], train_rows(tmp_path / "whole")[2]
-        for name in ("loss", "grad_norm", "reward", "response_tokens", "weight_version"):
+        for name in ("loss", "grad_norm", "value_loss", "value_grad_norm", "reward", "response_tokens", "weight_version"):
             assert resumed[name] == pytest.approx(never_stopped[name], rel=1e-4, abs=1e-6), name
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_agent.errors import ConfigError
 from megatron_agent.rollout.engine import RolloutConfig
-from megatron_agent.rollout.generation import Generation, first_difference, joined, versions_of
+from megatron_agent.rollout.generation import Generation, first_difference, versions_of
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,13 @@ def test_weight_versions_per_token():
     assert versions_of(SimpleNamespace(weight_versions=None), 2) == [0, 0]
 
 
+def test_a_turn_that_was_cut_goes_on():
+    first = Generation([1, 2, 3], [-0.1, -0.2, -0.3], [4, 4, 4], "aborted", 64)
+    rest = Generation([5], [-0.5], [7], "stop", 32)
+    assert first.first(2).then(rest) == Generation([1, 2, 5], [-0.1, -0.2, -0.5], [4, 4, 7], "stop", 64)
+    assert first.first(-4).token_ids == []
+
+
 def test_first_difference_names_the_token():
     assert "token 1: 2 in our row, 3" in first_difference([1, 2], [1, 3])
     assert "token 1: None in our row, 3 in vLLM's (lengths 1 and 2)" in first_difference([1], [1, 3])
@@ -45,9 +52,3 @@ def test_configuration_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_turn_sampled_in_two_parts():
-    first = Generation([5, 6], [-0.1, -0.2], [3, 3], "aborted", num_cached_tokens=32)
-    rest = Generation([7], [-0.3], [4], "stop", num_cached_tokens=0)
-    assert joined(first, rest) == Generation([5, 6, 7], [-0.1, -0.2, -0.3], [3, 3, 4], "stop", num_cached_tokens=32)

@@ -1,6 +1,6 @@
 """The learner on the driver: what is asked of which model, in which order, and what is saved where.
 
-Models are stand-ins that fill in fixed numbers or write real files; real ones: tests/integration/test_ppo_on_ray.py.
+Models are stand-ins that fill in fixed numbers or write real files; real ones: tests/integration/test_train.py.
 """
 
 import asyncio
