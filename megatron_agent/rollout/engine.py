@@ -230,7 +230,8 @@ class Engine:
         its pictures into another row than `row`: the trainer would train on tokens that the model never saw.
         """
         turn = await self._sampled(row, images, sampling)
-        while turn.stop_reason == "aborted":
+        # Behind a placeholder that the model wrote there is nothing to go on from: the row has no picture for it.
+        while turn.stop_reason == "aborted" and self.image_pad_id not in turn.token_ids:
             partial_stop = max((len(stop.encode()) for stop in sampling.stop), default=1) - 1
             turn = turn.first(len(turn.token_ids) - partial_stop)
             num_tokens = len(turn.token_ids)

@@ -223,7 +223,7 @@ def test_new_weights_arrive_under_way(engine, models, renderer, store):
     import ray
 
     row, images = prompt(renderer, store, seed=20)
-    banned = tuple(renderer.stop_token_ids)
+    banned = tuple(renderer.stop_token_ids | renderer.reserved_ids)
     ray.get(engine.generate.remote(row, images, Sampling(max_tokens=1)))
     running = [
         engine.generate.remote(row, images, Sampling(max_tokens=256, seed=s, banned_token_ids=banned)) for s in range(16)
