@@ -13,8 +13,9 @@ import yaml
 from megatron_agent import cluster, registry
 from megatron_agent.checkpoints import Checkpoints
 from megatron_agent.config import RunConfig, to_dict
-from megatron_agent.data.dataset import DatasetReport, TaskStream, drop_long_prompts, read_tasks
+from megatron_agent.data.dataset import DatasetReport, drop_long_prompts, read_tasks, training_stream
 from megatron_agent.data.images import ImageStore
+from megatron_agent.data.stream import TaskMix, TaskStream
 from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.rollout.pool import EnginePool
@@ -35,7 +36,7 @@ MIN_ANSWER_TOKENS = 16  # a prompt that leaves less room than this cannot be ans
 class Data:
     """Every row that the run may use, read and checked before anything expensive starts."""
 
-    train: TaskStream | None
+    train: TaskStream | TaskMix | None
     heldout: list[Task] = field(default_factory=list)
     without_tool: list[Task] = field(default_factory=list)
     warmup: list[Task] = field(default_factory=list)
@@ -83,23 +84,23 @@ def read_data(
         )
         report = reports[name]
         log.info("%s: %d rows, %d bad, %d small pictures enlarged", name, report.num_rows, report.num_bad, report.num_upscaled)
-        tasks, dropped = drop_long_prompts(tasks, num_prompt_tokens, limit_tokens)
+        tasks, dropped = drop_long_prompts(tasks, num_prompt_tokens, limit_tokens, config.data.num_workers)
         if dropped:
             shown = ", ".join(dropped[:5])
             log.warning("%s: %d prompts over %d tokens left out: %s ...", name, len(dropped), limit_tokens, shown)
         return tasks
 
-    train = read("train", config.data.train_files) if with_training else []
+    train = read("train", config.data.all_train_files()) if with_training else []
     limit = config.evaluation.max_rows or None
     data = Data(
-        TaskStream(train, config.seed, config.data.shuffle) if train else None,
+        training_stream(train, config.data, config.seed, config.training.prompts_per_step) if train else None,
         read("heldout", config.evaluation.files)[:limit],
         read("without_tool", config.evaluation.without_tool_files)[:limit],
         read("warmup", config.sft.files, script=True) if wants_warmup else [],
         reports,
     )
     if with_training and config.training.num_steps and data.train is None:
-        raise DataError("data.train_files is empty, and training.num_steps asks for updates")
+        raise DataError("data.train_files is empty (and data.mix), and training.num_steps asks for updates")
     if wants_warmup and not data.warmup:
         raise DataError("sft.files is empty, and sft.num_steps asks for a warm start")
     return data
@@ -212,5 +213,7 @@ def record_config(config: RunConfig) -> None:
 
 
 def image_store(config: RunConfig) -> ImageStore:
-    """Shared by all runs of an output folder: pictures are known by their content."""
-    return ImageStore((Path(config.output_dir) / ".images").absolute(), config.data.pixel_limits(), cache_pictures=4096)
+    """Shared by all runs of an output folder, or of `data.image_dir`: pictures are known by their content."""
+    data = config.data
+    root = Path(data.image_dir or Path(config.output_dir) / ".images").absolute()
+    return ImageStore(root, data.pixel_limits(), cache_pictures=4096, cache_bytes=data.image_cache_mib << 20)

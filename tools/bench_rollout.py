@@ -208,7 +208,7 @@ class Bench:
         return await self.handle.bare.remote(episodes, in_order)
 
 
-async def measure(bench: Bench, rounds: int) -> dict[str, Any]:
+async def measure(bench: Bench, rounds: int, slow_rounds: int) -> dict[str, Any]:
     loop_s, ordered_s, at_once_s, free_s, barrier_s = [], [], [], [], []
     played = await bench.play()  # warms up
     num_tokens = sum(sampling.max_tokens for turns in played["episodes"] for _, _, sampling in turns)
@@ -221,11 +221,12 @@ async def measure(bench: Bench, rounds: int) -> dict[str, Any]:
         at_once_s.append(await bench.bare(played["episodes"], False))
         cached, could = cached + played["cached"], could + played["could"]
         encoded, pictures = encoded + played["encoded"], pictures + played["pictures"]
-    for _ in range(rounds):
+    for _ in range(slow_rounds):
         free_s.append((await bench.play(waits=True))["seconds"])
         barrier_s.append((await bench.play(waits=True, with_barrier=True))["seconds"])
     median = statistics.median
-    return {
+    slow = {"free_s": free_s, "barrier_s": barrier_s, "barrier_over_free": median(barrier_s) / median(free_s)} if free_s else {}
+    return slow | {
         "episodes": len(played["episodes"]),
         "turns": sum(map(len, played["episodes"])),
         "tokens": num_tokens,
@@ -235,9 +236,6 @@ async def measure(bench: Bench, rounds: int) -> dict[str, Any]:
         "loop_tokens_per_s": num_tokens / median(loop_s),
         "loop_over_bare": median(ordered_s) / median(loop_s),
         "loop_over_all_at_once": median(at_once_s) / median(loop_s),
-        "free_s": free_s,
-        "barrier_s": barrier_s,
-        "barrier_over_free": median(barrier_s) / median(free_s),
         "prefix_hits_of_possible": cached / could,
         "pictures_encoded": encoded / rounds,
         "pictures_distinct": pictures / rounds,
@@ -258,7 +256,7 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     try:
         remote = ray.remote(num_cpus=0, max_concurrency=4096)(BenchEngine)
         handle = remote.remote(str(model), config, store, MAX_TURNS)
-        return asyncio.run(measure(Bench(options, handle, renderer, store, tasks), options.rounds))
+        return asyncio.run(measure(Bench(options, handle, renderer, store, tasks), options.rounds, options.slow_rounds))
     finally:
         ray.shutdown()
 
@@ -267,6 +265,15 @@ def report(found: dict[str, Any]) -> str:
     def seconds(name: str) -> str:
         return f"{statistics.median(found[name]):7.2f} s   ({', '.join(f'{s:.2f}' for s in found[name])})"
 
+    slow = (
+        [
+            f"slow tools           {seconds('free_s')}",
+            f"  barrier per turn   {seconds('barrier_s')}",
+            f"  loop / barrier     {found['barrier_over_free']:7.2f}",
+        ]
+        if "free_s" in found
+        else []
+    )
     return "\n".join(
         [
             f"{found['episodes']} episodes, {found['turns']} turns, {found['tokens']} sampled tokens",
@@ -274,9 +281,7 @@ def report(found: dict[str, Any]) -> str:
             f"bare, turns in order {seconds('bare_in_order_s')}",
             f"bare, all at once    {seconds('bare_at_once_s')}",
             f"loop / bare          {found['loop_over_bare']:7.2f}     (all at once: {found['loop_over_all_at_once']:.2f})",
-            f"slow tools           {seconds('free_s')}",
-            f"  barrier per turn   {seconds('barrier_s')}",
-            f"  loop / barrier     {found['barrier_over_free']:7.2f}",
+            *slow,
             f"prefix hits          {found['prefix_hits_of_possible']:7.1%} of the tokens of later turns that could hit",
             f"pictures encoded     {found['pictures_encoded']:7.0f} of {found['pictures_distinct']:.0f} distinct ones",
         ]
@@ -289,8 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--slow-rounds", type=int, default=1, help="of the barrier part, which takes minutes; 0: none")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="rows that the engine works on at once")
-    parser.add_argument("--threads", type=int, default=2, help="of the engine's model")
+    parser.add_argument("--threads", type=int, default=1, help="of the engine's model; the loop has the other cores")
     parser.add_argument("--tool-s", type=float, default=1.0, help="median seconds of a tool call in the barrier part")
     parser.add_argument("--tool-sigma", type=float, default=1.0, help="of their logarithm")
     parser.add_argument("--seed", type=int, default=0)

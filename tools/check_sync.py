@@ -1,13 +1,19 @@
 """Do synced engines say what engines say that loaded the same weights from disk? Real Megatron ranks, real vLLM.
 
     python tools/check_sync.py --hf DIR [--train one,tp2,pp2,tp2pp2,dp2] [--rollout tp1,tp2,2xtp1] [--transport gloo]
+    python tools/check_sync.py --hf DIR --load 50 [--train one] [--rollout tp1]
 
 (rollouts: also tp2data, with the whole vision tower on both ranks, and 3xtp1relay, engines that pass weights on.)
 
 Some Adam steps make new weights, which are saved and exported as a Hugging Face folder. For every pair of layouts the trainer
 first syncs the old weights, then loads the new ones and syncs those; after each sync greedy answers to prompts with and
 without pictures are compared, token for token, with those of a vLLM that loaded that folder, and vLLM's own checksums of all
-parameters with those of an engine of the same tensor-parallel size. Exit status 1 where anything differs.
+parameters with those of an engine of the same tensor-parallel size.
+
+With --load there are so many syncs while requests keep the engines busy: every token must be stamped with the weights that made
+it (the trainer's log-prob under them is the engine's), no sync may hang, no process may grow.
+
+Exit status 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -24,9 +30,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+from _sync_load import under_load
 from PIL import Image
 
 from megatron_agent import cluster
@@ -75,8 +83,8 @@ def prompts_of(family: ModelFamily, store: ImageStore) -> list[Prompt]:
     return rows
 
 
-def samples_of(prompts: list[Prompt]) -> list[TrainSample]:
-    rng, samples = np.random.default_rng(1), []
+def samples_of(prompts: list[Prompt], seed: int) -> list[TrainSample]:
+    rng, samples = np.random.default_rng(seed), []
     for index, (row, refs) in enumerate(prompts):
         tokens = [*row, *(int(t) for t in rng.integers(0, 200, 12))]
         own = [False] * len(row) + [True] * 12
@@ -131,13 +139,16 @@ class Workshop:
         turns = await asyncio.gather(*(engine.generate.remote(row, refs, sampling) for row, refs in self.prompts))
         return [turn.token_ids for turn in turns]
 
+    def samples(self, seed: int = 1) -> list[TrainSample]:
+        return samples_of(self.prompts, seed)
+
     async def new_weights(self) -> tuple[Path, Path]:
         """-> a training checkpoint after some steps, and the same weights as a Hugging Face folder."""
         config = self.config
         config.output_dir, config.checkpoint.export_hf = str(self.scratch), True
         actor, _ = await self.trainer("one", {})
         for _ in range(4):
-            await actor.update(samples_of(self.prompts), Supervised(), 1e-2)
+            await actor.update(self.samples(), Supervised(), 1e-2)
         saves = Checkpoints(config)
         await saves.save(actor, {"step": 4}, wait=True)
         stop(actor.workers)
@@ -192,6 +203,7 @@ def main() -> int:
     parser.add_argument("--hf", type=Path, required=True)
     parser.add_argument("--train", default="one,tp2,pp2,tp2pp2,dp2")
     parser.add_argument("--rollout", default="tp1,tp2,2xtp1")
+    parser.add_argument("--load", type=int, metavar="ROUNDS", help="so many syncs with generation in flight, instead")
     parser.add_argument("--transport", choices=TRANSPORTS, default="auto")
     options = parser.parse_args()
     trainers, rollouts = options.train.split(","), options.rollout.split(",")
@@ -204,6 +216,10 @@ def main() -> int:
     cluster.start_ray()
     try:
         shop = Workshop(options.hf.absolute(), scratch, store, prompts_of(family, store), options.transport)
+        if options.load:
+            wrong = asyncio.run(under_load(shop, trainers[0], ROLLOUTS[rollouts[0]], options.load))
+            print("\n".join([*wrong, f"{len(wrong)} things wrong"]))
+            return int(bool(wrong))
         return int(asyncio.run(compare(shop, trainers, rollouts)) > 0)
     finally:
         cluster.stop_ray()

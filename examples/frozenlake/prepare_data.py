@@ -5,7 +5,7 @@ is not slippery. Written below the output folder, from the seed alone:
 
 - `model/`: a Qwen2.5 of under a million parameters with random weights (../tiny_text.py).
 - `warmup.parquet`: scripted walks for a supervised warm start. Each turn says what lies to the right and below, as it
-  is, and then goes right or down by the toss of a coin, into holes too.
+  is, and then, out of habit, goes right: less often into a hole, but even there more often than not.
 - `train.parquet`: lakes for reinforcement learning, without scripts. Reward has to teach to go around holes.
 - `heldout.parquet`: lakes that are in neither of the others.
 """
@@ -25,6 +25,7 @@ SYSTEM = "Walk to G, not into H."
 PROTOCOL = ["<action>", "</action>"]
 WARMUP_ROWS, TRAIN_ROWS, HELDOUT_ROWS = 4000, 800, 200
 EDGE = "edge"
+RIGHT, RIGHT_INTO_HOLE = 0.75, 0.55  # how often a script goes right where it could go down as well
 
 
 def make_row(lines: list[str], seed: int) -> dict:
@@ -42,11 +43,11 @@ def make_row(lines: list[str], seed: int) -> dict:
 
 
 def turn(right: str, below: str, move: str) -> str:
-    return f"<think> {right} {below}</think><action> {move}</action>"
+    return f"<think> right {right} down {below}</think><action> {move}</action>"
 
 
 def walk(lines: list[str], rng: np.random.Generator) -> list[str]:
-    """The turns of a walk that goes right or down by chance until it ends, in a hole or at the goal."""
+    """The turns of a walk that goes right or down until it ends, in a hole or at the goal."""
 
     def cell(row: int, column: int) -> str:
         return lines[row][column] if max(row, column) < SIZE else EDGE
@@ -54,9 +55,9 @@ def walk(lines: list[str], rng: np.random.Generator) -> list[str]:
     script, row, column = [], 0, 0
     while lines[row][column] not in "HG":
         right, below = cell(row, column + 1), cell(row + 1, column)
-        move = str(rng.choice([name for name, to in (("right", right), ("down", below)) if to != EDGE]))
-        script.append(turn(right, below, move))
-        row, column = (row, column + 1) if move == "right" else (row + 1, column)
+        goes_right = below == EDGE or (right != EDGE and rng.random() < (RIGHT_INTO_HOLE if right == "H" else RIGHT))
+        script.append(turn(right, below, "right" if goes_right else "down"))
+        row, column = (row, column + 1) if goes_right else (row + 1, column)
     return script
 
 

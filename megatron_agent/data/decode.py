@@ -7,7 +7,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from megatron_agent.errors import DataError
 
@@ -37,14 +37,29 @@ def decode_picture(data: bytes) -> Image.Image:
         raise DataError(_why(data, error)) from error
 
 
+def check_picture(data: bytes) -> tuple[int, int]:
+    """(width, height) of what `decode_picture` returns, and the same errors, without its pixels where that is cheaper.
+
+    A JPEG is read to its end, but at an eighth of its size.
+    """
+    return _size_px(data, read=True)
+
+
 def picture_size_px(data: bytes) -> tuple[int, int]:
     """(width, height) of what `decode_picture` returns; for a JPEG from its header alone. Raises DataError."""
+    return _size_px(data, read=False)
+
+
+def _size_px(data: bytes, read: bool) -> tuple[int, int]:
     try:
         opened = _open(data)
         if opened.format != "JPEG":
             return decode_picture(data).size
         width, height = opened.size
         turned = opened.getexif().get(ExifTags.Base.Orientation) in QUARTER_TURNS
+        if read:
+            opened.draft(None, (1, 1))  # type: ignore[arg-type]  # None: any mode
+            opened.load()
     except DataError:
         raise
     except DAMAGED as error:
@@ -81,4 +96,7 @@ def _open(data: bytes) -> Image.Image:
 def _why(data: bytes, error: BaseException) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"picture over {MAX_PICTURE_PX} px: {error}"
-    return f"unreadable picture ({len(data)} bytes, starts with {data[:8]!r}): {type(error).__name__}: {error}"
+    what = f"unreadable picture ({len(data)} bytes, starts with {data[:8]!r})"
+    if isinstance(error, UnidentifiedImageError):  # its text names an address in memory
+        return f"{what}: none of {', '.join(FORMATS)}"
+    return f"{what}: {type(error).__name__}: {error}"

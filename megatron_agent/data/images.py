@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import io
+import json
 import math
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_agent.data.cache import BoundedCache
-from megatron_agent.data.decode import decode_picture, picture_size_px, to_rgb
+from megatron_agent.data.decode import check_picture, decode_picture, picture_size_px, to_rgb
 from megatron_agent.data.geometry import cut, rotated_size, scale_box, turn_box
 from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.types import Box, ImageRef
@@ -22,6 +26,7 @@ from megatron_agent.types import Box, ImageRef
 PATCH_SIDE_PX = 28  # one image token of Qwen2-VL covers 28 x 28 px: 14 px patches, merged 2 x 2
 MAX_ASPECT_RATIO = 200
 IMAGE_MARKER = "<image>"
+SIZES_FILE = "sizes.json"
 
 
 @dataclass(frozen=True)
@@ -75,21 +80,29 @@ class ImageStore:
 
     Threads may share a store, processes may share its folder, and pickling takes the folder's name but no picture.
     Each of the two caches holds at most `cache_pictures` pictures and `cache_bytes` bytes.
+    `fetch(source)` gives the bytes of a picture that this node lacks (it pickles with the store, and raises DataError where
+    nobody has the picture); they enter the node once, however many processes ask.
     """
 
-    def __init__(self, root: str | Path, limits: PixelLimits, cache_pictures: int = 512, cache_bytes: int = 2 << 30) -> None:
-        self.root, self.limits = Path(root), limits
+    def __init__(
+        self,
+        root: str | Path,
+        limits: PixelLimits,
+        cache_pictures: int = 512,
+        cache_bytes: int = 512 << 20,
+        fetch: Callable[[str], bytes] | None = None,
+    ) -> None:
+        self.root, self.limits, self.fetch = Path(root), limits, fetch
         self.cache_pictures, self.cache_bytes = cache_pictures, cache_bytes
         self._start_empty()
 
     def _start_empty(self) -> None:
-        self.num_upscaled = 0  # pictures put here, in this process, that were under 28 px on a side
         self._originals: BoundedCache[Image.Image] = BoundedCache(self.cache_pictures, self.cache_bytes)
         self._shown: BoundedCache[np.ndarray] = BoundedCache(self.cache_pictures, self.cache_bytes)
         self._sizes_px: dict[str, tuple[int, int]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("root", "limits", "cache_pictures", "cache_bytes")}
+        return {name: getattr(self, name) for name in ("root", "limits", "cache_pictures", "cache_bytes", "fetch")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -99,18 +112,21 @@ class ImageStore:
     def put(self, data: bytes, limits: PixelLimits | None = None) -> ImageRef:
         """Store the bytes of a picture file under their sha256 and say how the picture is shown.
 
-        Raises DataError: unreadable, truncated, too large to decode, or thinner than 200:1.
+        Its pixels are checked, not kept. Raises DataError: unreadable, truncated, too large to decode, or thinner than 200:1.
         """
         source = hashlib.sha256(data).hexdigest()
         path = self._path(source)
         stored = path.is_file() and path.stat().st_size == len(data)
-        original = None if stored else decode_picture(data)
-        size_px = self.original_size_px(source) if original is None else original.size
+        if not stored:
+            size_px = check_picture(data)
+        elif source in self._sizes_px:
+            size_px = self._sizes_px[source]
+        else:
+            size_px = picture_size_px(data)
         fitted = fit_size(*size_px, limits or self.limits)
-        if original is not None:
+        if not stored:
             self._write(path, data)
-            self._keep_original(source, original)
-        self.num_upscaled += min(size_px) < PATCH_SIDE_PX
+        self._sizes_px[source] = size_px
         return ImageRef(source, *fitted)
 
     def put_picture(self, picture: Image.Image, limits: PixelLimits | None = None) -> ImageRef:
@@ -125,16 +141,33 @@ class ImageStore:
             raise DataError(f"the {len(data)} bytes received for picture {source} have another hash")
         self._write(self._path(source), data)
 
+    def load_sizes(self) -> None:
+        """Sizes that `save_sizes` kept, so that pictures stored by earlier runs need no decoding to be known."""
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # none yet, or damaged: found again
+            found = json.loads((self.root / SIZES_FILE).read_bytes())
+            self._sizes_px.update({source: (int(width), int(height)) for source, (width, height) in found.items()})
+
+    def save_sizes(self) -> None:
+        """Keep the sizes of all pictures that this process knows, beside the pictures."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._write(self.root / SIZES_FILE, json.dumps(self._sizes_px).encode())
+
     # ---------------------------------------------------------------- out
     def __contains__(self, source: str) -> bool:
         return self._path(source).is_file()
 
     def bytes_of(self, source: str) -> bytes:
-        """The bytes as they were put. Raises DataError where this node has no such picture."""
+        """The bytes as they were put. Raises DataError where this node has no such picture and cannot fetch it."""
+        path = self._path(source)
         try:
-            return self._path(source).read_bytes()
+            return path.read_bytes()
         except FileNotFoundError as error:
-            raise DataError(f"picture {source} is not in the image store {self.root} of this node") from error
+            if self.fetch is None:
+                raise DataError(f"picture {source} is not in the image store {self.root} of this node") from error
+        with self._only_one(path.parent):
+            if not path.is_file():
+                self.put_bytes(source, self.fetch(source))
+        return path.read_bytes()
 
     def original(self, source: str) -> Image.Image:
         """The whole picture: RGB, upright, full size. Shared by all callers: copy it before drawing on it."""
@@ -164,6 +197,10 @@ class ImageStore:
     def picture(self, ref: ImageRef) -> Image.Image:
         """`pixels` as a picture of its own."""
         return Image.fromarray(self.pixels(ref).copy())
+
+    def pixel_hash(self, ref: ImageRef) -> str:
+        """Of what the model sees: equal wherever the picture is decoded, cut and resized alike."""
+        return hashlib.sha256(self.pixels(ref).data).hexdigest()
 
     # ---------------------------------------------------------------- recipes
     def region_px(self, ref: ImageRef) -> Box:
@@ -215,6 +252,14 @@ class ImageStore:
 
     def _path(self, source: str) -> Path:
         return self.root / source[:2] / source
+
+    @contextlib.contextmanager
+    def _only_one(self, folder: Path) -> Iterator[None]:
+        """Of all threads and processes of this node, one at a time in `folder`. The system frees the lock of a dead one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _write(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

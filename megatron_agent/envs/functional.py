@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -77,8 +78,7 @@ def parse_flat_call(call: str, default_name: str) -> tuple[str, dict[str, Any]]:
 
 def bind(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """Check arguments from JSON against a typed method and convert them. Raises EnvError naming the argument."""
-    name, hints = function.__name__, typing.get_type_hints(function)
-    parameters = _parameters(function)
+    name, (hints, parameters) = function.__name__, _declared(getattr(function, "__func__", function))
     unknown = sorted(set(arguments) - set(parameters))
     if unknown:
         raise EnvError(f"{name} takes no argument {', '.join(map(repr, unknown))}; it takes {', '.join(parameters)}")
@@ -93,7 +93,7 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
     The docstring's first paragraph describes the function; lines `argument: text` after it describe the arguments.
     """
-    hints, parameters = typing.get_type_hints(function), _parameters(function)
+    hints, parameters = _declared(getattr(function, "__func__", function))
     paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
     lines = dict(line.split(": ", 1) for line in "\n".join(paragraphs[1:]).splitlines() if ": " in line)
     properties = {}
@@ -112,8 +112,11 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return {key: parameter for key, parameter in inspect.signature(function).parameters.items() if key != "self"}
+@functools.cache  # evaluating annotations takes longer than a crop
+def _declared(function: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, inspect.Parameter]]:
+    """Types and parameters of a method, as its class has it."""
+    parameters = {key: parameter for key, parameter in inspect.signature(function).parameters.items() if key != "self"}
+    return typing.get_type_hints(function), parameters
 
 
 def _json_type(hint: Any) -> dict[str, Any]:

@@ -285,9 +285,9 @@ class Qwen2(ModelFamily):
         return [row for row in rows if row.param != HEAD_PARAM] + [value]
 
     def renderer(self, path: str) -> ChatRenderer:
-        from megatron_agent.models.qwen2_5_vl.renderer import Renderer  # the tokenizers are one family
+        from megatron_agent.models.qwen2_5_vl.renderer import TextRenderer  # the tokenizers are one family
 
-        return Renderer(path)
+        return TextRenderer(path)
 
     def positions(self, token_ids: Sequence[int], images: Sequence[ImageRef]) -> np.ndarray:
         if images:

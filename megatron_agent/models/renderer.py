@@ -74,6 +74,7 @@ class ChatRenderer:
     image_placeholder: str
     image_block: str  # what the template writes for a picture
     forbidden_tokens: tuple[str, ...]  # only the framework may write these
+    fallback_template: str = ""  # for checkpoints whose own template cannot show pictures or answers of tools
 
     def __init__(self, model_path: str, merge_px: int) -> None:
         from transformers import AutoTokenizer
@@ -90,6 +91,8 @@ class ChatRenderer:
         self.reserved_ids = (self.forbidden_ids | special_ids) - self.stop_token_ids
         self._encode = functools.lru_cache(CACHED_TEXTS)(self._encode_uncached)
         self._render = functools.lru_cache(CACHED_TEXTS)(self._render_uncached)
+        if self.fallback_template and not self._shows_pictures_and_tools():
+            self.tokenizer.chat_template = self.fallback_template
 
     def prompt(self, messages: Sequence[Message], images: Sequence[ImageRef], tools: list[dict] | None = None) -> list[int]:
         """The token row of a conversation up to where the model starts to write.
@@ -161,6 +164,18 @@ class ChatRenderer:
             tokenize=False,
         )
         return str(text)
+
+    def _shows_pictures_and_tools(self) -> bool:
+        """Whether the checkpoint's template writes a picture where one is, and a tool's answer as a turn of the user."""
+        from jinja2 import TemplateError
+
+        picture = [{"type": "image"}]
+        messages = [{"role": "user", "content": picture}, {"role": "assistant", "content": "."}]
+        try:
+            text = self._render_uncached(json.dumps([*messages, {"role": "tool", "content": picture}]), "null", True)
+        except (TypeError, ValueError, TemplateError):  # pictures are no text to it, or there is no template at all
+            return False
+        return text.count(self.image_block) == 2 and "<tool_response>" in text
 
     def _observation_text(self, messages_json: str) -> tuple[str, str]:
         """What the template writes behind an end-of-turn token, and for messages that follow a turn of the model.

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_agent.errors import ConfigError, EngineError, RequestLostError, WeightSyncError
@@ -224,9 +224,22 @@ class Engine:
     async def generate(self, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
         """Sample one turn behind `row` (one image token per merged patch; `images` in row order).
 
+        A weight update cuts it: what was sampled so far stays, with the version that sampled it, and the rest is sampled
+        behind it from the new weights. The tokens that might begin a stop string are sampled again.
         Raises RequestLostError when vLLM fails on this request again and again, EngineError when it refuses it or expands
         its pictures into another row than `row`: the trainer would train on tokens that the model never saw.
         """
+        turn = await self._sampled(row, images, sampling)
+        while turn.stop_reason == "aborted":
+            partial_stop = max((len(stop.encode()) for stop in sampling.stop), default=1) - 1
+            turn = turn.first(len(turn.token_ids) - partial_stop)
+            num_tokens = len(turn.token_ids)
+            seed = None if sampling.seed is None else (sampling.seed + num_tokens) % 2**31  # other random numbers
+            rest = replace(sampling, max_tokens=sampling.max_tokens - num_tokens, seed=seed)
+            turn = turn.then(await self._sampled(row + turn.token_ids, images, rest))
+        return turn
+
+    async def _sampled(self, row: list[int], images: list[ImageRef], sampling: Sampling) -> Generation:
         prompt = self._prompt(row, images)
         for _ in range(CACHE_MISS_ATTEMPTS):
             final = await self._request(prompt, self._parameters(sampling))
@@ -300,18 +313,19 @@ class Engine:
     async def sync_weights(self, update: dict[str, Any], version: int) -> None:
         """Replace the weights by what the receivers get for `update`; tokens from now on carry `version`.
 
-        waits for: the running step, then the receivers. Requests in flight stay queued and go on afterwards; what they had
+        waits for: the running step, then the receivers. Turns in flight are cut and go on afterwards (`generate`); what was
         computed under the old weights is computed anew, so that every new token follows from the new weights alone.
         Raises WeightSyncError and leaves the engine paused: nothing may be sampled from weights that are half old.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         try:
-            await self.llm.pause_generation(mode="keep", clear_cache=False)
+            # Not "keep": where the prefix cache had a picture, vLLM 0.32's worker has no pixels to encode it anew from.
+            await self.llm.pause_generation(mode="abort", clear_cache=False)
             await self.llm.start_weight_update()
             await self.llm.update_weights(WeightTransferUpdateRequest(update_info=update))
             await self.llm.finish_weight_update(weight_version=str(version))
-            await self.llm.reset_prefix_cache(reset_running_requests=True)
+            await self.llm.reset_prefix_cache()
             # Pictures stay encoded by the old vision tower unless these go too.
             await self.llm.reset_mm_cache()
             await self.llm.reset_encoder_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -35,6 +35,23 @@ class Generation:
     weight_versions: list[int]
     stop_reason: str
     num_cached_tokens: int = 0
+
+    def first(self, num_tokens: int) -> Generation:
+        """Without the tokens behind the first `num_tokens`."""
+        kept = slice(max(0, num_tokens))
+        return replace(
+            self, token_ids=self.token_ids[kept], logprobs=self.logprobs[kept], weight_versions=self.weight_versions[kept]
+        )
+
+    def then(self, rest: Generation) -> Generation:
+        """This, and the rest of the turn, sampled behind it."""
+        return Generation(
+            self.token_ids + rest.token_ids,
+            self.logprobs + rest.logprobs,
+            self.weight_versions + rest.weight_versions,
+            rest.stop_reason,
+            self.num_cached_tokens,
+        )
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:

@@ -10,8 +10,6 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
-
 from megatron_agent.errors import EngineError, MegatronAgentError, RequestLostError, WeightSyncError, cause_of
 from megatron_agent.rollout.generation import Generation, Sampling
 from megatron_agent.types import ImageRef
@@ -73,6 +71,7 @@ class EnginePool:
         Raises RequestLostError when MAX_LOSSES engines have died under it, EngineError when none is left.
         """
         import ray
+        from ray.exceptions import RayActorError, RayTaskError
 
         for _ in range(MAX_LOSSES):
             while not self._handles and self._coming_back:
@@ -101,6 +100,8 @@ class EnginePool:
         raise RequestLostError(f"{MAX_LOSSES} engines died under one request of {len(row)} tokens and {len(images)} pictures")
 
     async def _is_alive(self, index: int) -> bool:
+        from ray.exceptions import RayError
+
         try:
             return index in self._handles and await self._handles[index].is_alive.remote()
         except RayError:
@@ -132,6 +133,7 @@ class EnginePool:
     async def _bring_back(self, index: int, dead: Any) -> None:
         """Start an engine again until it serves or may not be started any more."""
         import ray
+        from ray.exceptions import RayError
 
         assert self._restart is not None
         try:
@@ -229,6 +231,8 @@ class EnginePool:
 
 async def _ask(index: int, method: Any, arguments: tuple[Any, ...]) -> Any:
     """What the engine answers; an error of ours when it fails, returned so that the others are waited for."""
+    from ray.exceptions import RayError, RayTaskError
+
     try:
         return await method.remote(*arguments)
     except RayTaskError as error:

@@ -218,11 +218,13 @@ def test_a_row_that_vllm_would_expand_otherwise_is_refused(engine, renderer, sto
 
 
 def test_new_weights_arrive_under_way(engine, models, renderer, store):
-    """Requests in flight go on with the new weights, from a context that those have read anew."""
+    """Turns in flight go on with the new weights, from a context that those have read anew: the pictures too, which the
+    prefix cache had for all of them."""
     import ray
 
     row, images = prompt(renderer, store, seed=20)
     banned = tuple(renderer.stop_token_ids)
+    ray.get(engine.generate.remote(row, images, Sampling(max_tokens=1)))
     running = [
         engine.generate.remote(row, images, Sampling(max_tokens=256, seed=s, banned_token_ids=banned)) for s in range(16)
     ]
@@ -230,7 +232,16 @@ def test_new_weights_arrive_under_way(engine, models, renderer, store):
     ray.get(engine.sync_weights.remote({"path": models[1] + "/model.safetensors"}, 3))
     turns = ray.get(running)
     assert any(set(turn.weight_versions) == {0, 3} for turn in turns)
-    assert all(turn.weight_versions == sorted(turn.weight_versions) for turn in turns)
+    for turn in turns:
+        assert len(turn.token_ids) == len(turn.logprobs) == 256
+        assert turn.weight_versions == sorted(turn.weight_versions)
+    cut = next(turn for turn in turns if set(turn.weight_versions) == {0, 3})
+    arguments = store, row + cut.token_ids, images, 256, 1.0, banned
+    expected = [
+        (old, new)[version == 3]
+        for old, new, version in zip(*(reference_logprobs(model, *arguments) for model in models), cut.weight_versions)
+    ]
+    assert cut.logprobs == pytest.approx(expected, abs=TOLERANCE)
     row, images = prompt(renderer, store)  # a picture that the old vision tower had encoded
     turn = ray.get(engine.generate.remote(row, images, Sampling(max_tokens=24, seed=1)))
     assert set(turn.weight_versions) == {3}

@@ -73,7 +73,7 @@ def test_every_word_is_one_token(made):
     assert len(renderer.encode(rag.query("Mira Olsen lives"))) == 5 and len(renderer.encode(rag.answer("cheese"))) == 3
     assert len(renderer.encode(rag.HOME_QUESTION.format("Nadia Kaya"))) == 10
     renderer = Qwen2(made["frozenlake"] / "model").renderer(str(made["frozenlake"] / "model"))
-    assert len(renderer.encode(lake.turn("F", "H", "right"))) == 7
+    assert len(renderer.encode(lake.turn("F", "H", "right"))) == 9
 
 
 def test_the_same_seed_makes_the_same_files_and_finished_ones_are_kept(made, tmp_path):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from megatron_agent.data.dataset import DataConfig, TaskStream, drop_long_prompts, read_tasks
+from megatron_agent.data.dataset import DataConfig, drop_long_prompts, read_tasks
 from megatron_agent.data.images import ImageStore, PixelLimits
 from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.types import ImageRef, Task
@@ -150,9 +150,11 @@ def test_skipped_rows_are_logged_by_name(store, tmp_path, caplog):
     assert lines[19].startswith(f"skipped {path}: row 19: ")
 
 
-def test_long_prompts():
-    kept, dropped = drop_long_prompts(TASKS, lambda task: 10 + int(task.task_id), 12)
-    assert (ids(kept), dropped) == (ids(TASKS[:3]), ["3 (13 tokens)", "4 (14 tokens)"])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_long_prompts(num_workers):
+    tasks = [Task(str(i), "", (), (), "", "", "") for i in range(5)]
+    kept, dropped = drop_long_prompts(tasks, lambda task: 10 + int(task.task_id), 12, num_workers)
+    assert (kept, dropped) == (tasks[:3], ["3 (13 tokens)", "4 (14 tokens)"])
     assert drop_long_prompts([], len, 12) == ([], [])
 
 
@@ -204,38 +206,3 @@ def test_rows_of_files_with_one_name_have_ids_of_their_own(store, tmp_path):
 def test_config_refuses(options, why):
     with pytest.raises(ConfigError, match=why):
         DataConfig(**options)
-
-
-# ---------------------------------------------------------------- stream
-TASKS = [Task(str(i), "", (), (), "", "", "") for i in range(5)]
-
-
-def ids(tasks):
-    return [task.task_id for task in tasks]
-
-
-def test_stream_order():
-    stream = TaskStream(TASKS, seed=7)
-    first, second = ids(stream.next(5)), ids(stream.next(5))
-    assert first == ["1", "4", "3", "0", "2"] and second == ["2", "3", "4", "1", "0"] and stream.epoch == 1
-    assert ids(TaskStream(TASKS, seed=7).next(13))[:10] == first + second
-    assert ids(TaskStream(TASKS, seed=8).next(5)) != first
-    assert ids(TaskStream(TASKS, seed=1, shuffle=False).next(7)) == ["0", "1", "2", "3", "4", "0", "1"]
-
-
-@pytest.mark.parametrize("taken", [0, 3, 5, 7, 10, 23])
-def test_stream_resumes_exactly(taken):
-    whole = TaskStream(TASKS, seed=3)
-    whole.next(taken)
-    resumed = TaskStream(TASKS, seed=3)
-    resumed.load_state(whole.state())
-    assert ids(resumed.next(17)) == ids(whole.next(17))
-
-
-def test_stream_refuses_other_data():
-    state = TaskStream(TASKS, seed=3).state()
-    for other in (TaskStream(TASKS[:4], 3), TaskStream(TASKS, 4), TaskStream(TASKS, 3, shuffle=False)):
-        with pytest.raises(DataError, match="cannot be resumed"):
-            other.load_state(state)
-    with pytest.raises(DataError, match="at least one task"):
-        TaskStream([], 0)

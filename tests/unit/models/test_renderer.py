@@ -1,8 +1,9 @@
 """Exact token rows of Qwen2.5-VL, against hand-made ones and against transformers' processor.
 
-Not covered: the chat template of published checkpoints; the tiny model's renders conversations the same way.
+Not covered: the chat templates of published checkpoints; two that fail as they do stand in for them.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from megatron_agent.errors import ConfigError, DataError
-from megatron_agent.models.qwen2_5_vl.renderer import Renderer
+from megatron_agent.models.qwen2_5_vl.renderer import Renderer, TextRenderer
 from megatron_agent.models.renderer import collapse_runs, expand_placeholders, run_lengths
 from megatron_agent.types import ImageRef
 
@@ -138,6 +139,42 @@ def test_returned_rows_do_not_alias_the_cache(renderer):
     first = renderer.prompt([picture_message("it ?")], [])
     first.append(0)
     assert renderer.prompt([picture_message("it ?")], []) == first[:-1]
+
+
+TEMPLATES = {
+    "pictures, no tools": """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|>\
+<|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}""",
+    "tools, no pictures": "{% for m in messages %}{{ '<|im_start|>' + m.role + '<tool_response>' + m.content }}{% endfor %}",
+    "pictures left out": "{% for m in messages %}<|im_start|>{{ m.role }}<tool_response>{% endfor %}",
+    "an error": "{{ raise_exception('no tools') }}",
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_checkpoint_whose_template_lacks_pictures_or_tools(renderer, model_path, tmp_path, kind):
+    renderer.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    if TEMPLATES[kind] is not None:
+        (tmp_path / "chat_template.jinja").write_text(TEMPLATES[kind])
+    other = Renderer(str(tmp_path))
+    assert other.tokenizer.chat_template == renderer.tokenizer.chat_template != TEMPLATES[kind]
+    answer = [{"role": "tool", "content": [{"type": "image"}, {"type": "text", "text": "red"}]}]
+    assert other.observation(answer, [SMALL], True) == renderer.observation(answer, [SMALL], True)
+    plain = [{"role": "system", "content": "zoom"}, picture_message(None, "it ?")]
+    assert other.prompt(plain, [WIDE]) == renderer.prompt(plain, [WIDE])
+    if kind == "pictures, no tools":  # where a published template says something, ours says the same
+        other.tokenizer.chat_template = TEMPLATES[kind]
+        for messages in (plain, plain[1:], [*plain, {"role": "assistant", "content": "red"}, {"role": "user", "content": "?"}]):
+            assert other._render_uncached(json.dumps(messages), "null", True) == renderer._render(
+                json.dumps(messages), "null", True)  # fmt: skip
+    if TEMPLATES[kind] is not None:
+        assert TextRenderer(str(tmp_path)).tokenizer.chat_template == TEMPLATES[kind]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(model_path):

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_agent.errors import ConfigError
 from megatron_agent.rollout.engine import RolloutConfig
-from megatron_agent.rollout.generation import first_difference, versions_of
+from megatron_agent.rollout.generation import Generation, first_difference, versions_of
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,13 @@ def test_weight_versions_per_token():
     spans = [SimpleNamespace(version="default", start=0, end=2), SimpleNamespace(version="5", start=2, end=4)]
     assert versions_of(SimpleNamespace(weight_versions=spans), 4) == [0, 0, 5, 5]
     assert versions_of(SimpleNamespace(weight_versions=None), 2) == [0, 0]
+
+
+def test_a_turn_that_was_cut_goes_on():
+    first = Generation([1, 2, 3], [-0.1, -0.2, -0.3], [4, 4, 4], "aborted", 64)
+    rest = Generation([5], [-0.5], [7], "stop", 32)
+    assert first.first(2).then(rest) == Generation([1, 2, 5], [-0.1, -0.2, -0.5], [4, 4, 7], "stop", 64)
+    assert first.first(-4).token_ids == []
 
 
 def test_first_difference_names_the_token():
