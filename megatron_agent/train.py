@@ -118,7 +118,7 @@ async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards,
                 if metrics:
                     await parts.sync_weights()
                 else:
-                    boards.note(f"step {step}: no trajectory could be scored; nothing was learned")
+                    boards.note(f"step {step}: no trajectory to learn from; nothing was learned")
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     metrics |= {"groups_refused": float(len(refused))} if refused else {}
     metrics |= rollout_metrics([*groups, *refused]) | timer.metrics() | {"weight_version": float(parts.weight_version)}

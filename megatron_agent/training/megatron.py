@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from megatron_agent.training.loss import LossStats, PolicyOutput, add_gap, micro
 from megatron_agent.training.offload import check_on_device
 from megatron_agent.training.options import ModelOptions, OptimizerOptions
 from megatron_agent.training.packing import Pixels, build_microbatch, keep_targets, padded_length
+from megatron_agent.training.reference import Reference
 from megatron_agent.types import BatchSize, MicroBatch, ReferenceHead, TrainSample
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class MegatronModel:
         freeze(self.chunks, options.frozen)
         mark_tensor_parallel(self.module, {p.param for p in self.pieces if is_tensor_parallel(p, table)})
         self.ddp = self._data_parallel()
-        self.reference: list[torch.Tensor] = []
+        self.reference = Reference(self.module)
         self.reset_optimizer(OptimizerOptions(lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), clip_grad=1.0))
 
     def _megatron_config(self, options: ModelOptions) -> TransformerConfig:
@@ -227,37 +227,12 @@ class MegatronModel:
             found.append(output.cpu())
             return output.sum(), torch.tensor(1, dtype=torch.int), {}
 
-        with self.as_reference():
+        with self.reference.in_place():
             self._run(samples, microbatches, pixels, collect, wants_hidden=True)
             weight = self.chunks[-1].output_weight().detach().clone() if self.stages[-1].is_last else None
         if weight is None:
             return [None] * len(microbatches)
         return [ReferenceHead(hidden, weight) for hidden in found]
-
-    def keep_reference(self) -> None:
-        """The weights as they are now become the reference's, in host memory."""
-        pinned = torch.cuda.is_available()
-        self.reference = [
-            torch.empty_like(p, device="cpu", pin_memory=pinned).copy_(p.detach()) for p in self.module.parameters()
-        ]
-
-    @contextmanager
-    def as_reference(self) -> Iterator[None]:
-        """Inside, the model computes with the reference's weights; its own come back bit for bit."""
-        if not self.reference:
-            raise TrainingError(f"rank {self.rank}: no reference is kept; call keep_reference first")
-        self._swap_reference()
-        try:
-            yield
-        finally:
-            self._swap_reference()
-
-    @torch.no_grad()
-    def _swap_reference(self) -> None:
-        for parameter, other in zip(self.module.parameters(), self.reference, strict=True):
-            mine = parameter.detach().clone()
-            parameter.copy_(other)
-            other.copy_(mine)
 
     def _loss(
         self,

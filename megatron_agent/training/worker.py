@@ -105,11 +105,11 @@ class Worker:
         if folder is not None:
             self.load_weights(folder)
         with self.offload.on_device("parameters"):
-            self.model.keep_reference()
+            self.model.reference.keep()
 
     def reference_logprobs(self, samples: list[TrainSample], plan: list[list[list[int]]], temperature: float):
         """`logprobs` under the reference's weights."""
-        with self.offload.on_device("parameters"), self.model.as_reference():
+        with self.offload.on_device("parameters"), self.model.reference.in_place():
             return self.model.logprobs(samples, self._mine(plan), self._pixels, temperature)
 
     def place(self) -> tuple[str, str]:

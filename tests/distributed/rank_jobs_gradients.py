@@ -57,8 +57,8 @@ class Gradients:
         self.layout, self.model = layout, rank_jobs.make_model(path, layout)
         self.samples = rank_jobs.make_samples(self.model.family)[:NUM_ROWS]
         self.model.reset_optimizer(OptimizerOptions(0.0, 0.0, rank_jobs.BETAS, 0.0))
-        self.model.keep_reference()
-        for weight in self.model.reference:  # another policy, the same in every layout
+        self.model.reference.keep()
+        for weight in self.model.reference.weights:  # another policy, the same in every layout
             weight.mul_(0.9)
 
     def plan(self, budget):
@@ -154,11 +154,11 @@ def reference_and_asked(path, layout):
     steps = rank_jobs.Steps(path, layout)
     model, arguments = steps.model, (steps.samples, steps.plan, rank_jobs.pixels, 1.0)
     at_start, _ = model.logprobs(*arguments)
-    model.keep_reference()
+    model.reference.keep()
     steps.take(2)
     trained, _ = model.logprobs(*arguments)
     before = [parameter.detach().clone() for parameter in model.module.parameters()]
-    with model.as_reference():
+    with model.reference.in_place():
         reference, _ = model.logprobs(*arguments)
     same = all(torch.equal(a, b) for a, b in zip(before, model.module.parameters()))
     again, _ = model.logprobs(*arguments)

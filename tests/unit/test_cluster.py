@@ -34,6 +34,15 @@ def test_shares(ranks, engines, per_engine, num_gpus, shares):
     assert gpu_shares(config_of(ranks, engines, per_engine), num_gpus) == shares
 
 
+def test_a_critic_and_a_teacher_share_the_policys_gpus():
+    training = {"tensor_parallel": 2, "max_tokens_per_microbatch": 4096}
+    ppo = parse({"training": training, "algorithm": "ppo"})
+    taught = parse({"training": training, "algorithm": {"name": "distillation", "teacher_path": "somewhere"}})
+    for config in (ppo, taught):
+        assert config.num_models == 2
+        assert gpu_shares(config, 3) == (0.5, 1.0) and gpu_shares(config, 2) == (0.25, 0.5)
+
+
 @pytest.mark.parametrize(("ranks", "engines", "per_engine", "num_gpus"), [(2, 2, 1, 1), (2, 1, 2, 2), (1, 3, 1, 2)])
 def test_too_few_gpus(ranks, engines, per_engine, num_gpus):
     with pytest.raises(ConfigError, match=f"needs {ranks} GPUs and the rollout engines {engines * per_engine}, but there are"):
