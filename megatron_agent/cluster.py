@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_agent.errors import ConfigError
+from megatron_agent.errors import ConfigError, DataError, cause_of
 from megatron_agent.reaper import MARK_VARIABLE
 
 if TYPE_CHECKING:
@@ -130,6 +131,40 @@ def start_engine(config: RunConfig, store: ImageStore, index: int) -> Any:
     options = placements(config, share, config.rollout.num_engines)[index]
     remote = ray.remote(num_cpus=0, max_concurrency=4096)(Engine).options(**options)
     return remote.remote(config.model.path, config.rollout, store, config.agent.max_vllm_images, config.seed + index)
+
+
+@dataclass(frozen=True)
+class RemotePictures:
+    """Bytes of pictures that the driver's node holds; a store on another node fetches with it."""
+
+    server: Any
+    timeout_s: float = 60.0
+
+    def __call__(self, source: str) -> bytes:
+        """Raises DataError where the driver's node has no such picture, or does not answer."""
+        import ray
+
+        try:
+            return ray.get(self.server.bytes_of.remote(source), timeout=self.timeout_s)
+        except ray.exceptions.RayError as error:
+            raise cause_of(error, DataError) from None
+
+
+def serve_pictures(store: ImageStore) -> ImageStore:
+    """The store for trainer ranks and engines, whose folder may lie on another node: each fetches a picture once."""
+    import ray
+
+    return store if len(ray.nodes()) == 1 else fetching(store)
+
+
+def fetching(store: ImageStore) -> ImageStore:
+    """A store that asks this node for what its own lacks."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_concurrency=16)(type(store)).options(scheduling_strategy=here)
+    return store.fetching(RemotePictures(actor.remote(store.root, store.limits)))
 
 
 def node_address() -> str:

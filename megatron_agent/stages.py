@@ -197,6 +197,7 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
     """
     renderer = family.renderer(config.agent.vl_model_path or config.model.path)
     banned = tuple(sorted(renderer.reserved_ids)) if config.rollout.ban_special_tokens else ()
+    store = cluster.serve_pictures(store)
     learner = make_learner(config, store, banned, with_training=data.train is not None)
     restart = functools.partial(cluster.start_engine, config, store)
     pool = EnginePool(cluster.start_engines(config, store), restart, config.rollout.max_restarts)

@@ -101,6 +101,10 @@ class ImageStore:
         self._shown: BoundedCache[np.ndarray] = BoundedCache(self.cache_pictures, self.cache_bytes)
         self._sizes_px: dict[str, tuple[int, int]] = {}
 
+    def fetching(self, fetch: Callable[[str], bytes]) -> ImageStore:
+        """The same store for other nodes."""
+        return ImageStore(self.root, self.limits, self.cache_pictures, self.cache_bytes, fetch)
+
     def __getstate__(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in ("root", "limits", "cache_pictures", "cache_bytes", "fetch")}
 

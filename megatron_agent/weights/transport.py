@@ -269,16 +269,18 @@ class Incoming:
         slot, sums = self.connection.recv()
         bucket = self.buckets[self.next]
         self.carrier.receive(slot, num_elements(bucket))
-        for (copy, values), expected in zip(views(self.carrier.slots[slot], bucket), sums, strict=True):
-            if checksum(sink.write(copy, values)) != expected:
-                raise WeightSyncError(
-                    f"parameter {copy.dst_param} {copy.dst_slice} from training rank {self.src_rank}: wrong bytes arrived"
-                )
-            sink.written(copy)
+        places = [sink.write(copy, values) for copy, values in views(self.carrier.slots[slot], bucket)]
         if self.carrier.slots.is_cuda:
             torch.cuda.synchronize()
         self.next += 1
         self.waiting.append((slot, sums))
+        self.pass_on()  # the sender fills it again while what came is looked at
+        for copy, place, expected in zip(bucket, places, sums, strict=True):
+            if checksum(place) != expected:
+                raise WeightSyncError(
+                    f"parameter {copy.dst_param} {copy.dst_slice} from training rank {self.src_rank}: wrong bytes arrived"
+                )
+            sink.written(copy)
 
     def pass_on(self) -> None:
         """Give slots back, to be filled again, when the rank behind has a copy or is gone."""

@@ -91,3 +91,40 @@ def test_colocated_sides_meet_one_to_a_device():
 def test_split_sides_share_nothing():
     ranks, engines = devices(2, 1, 3)
     assert sorted(ranks + engines) == [[0], [1], [2]]
+
+
+PICTURES = """
+import sys
+import ray
+from PIL import Image
+from megatron_agent import cluster
+from megatron_agent.data.images import ImageStore, PixelLimits
+from megatron_agent.errors import DataError
+
+here, there = sys.argv[1:]
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+store = ImageStore(here, PixelLimits(784, 1 << 20))
+ref = store.put_picture(Image.linear_gradient("L").resize((84, 56)))
+assert cluster.serve_pictures(store) is store  # one node: one folder
+
+@ray.remote(num_cpus=0)
+def look(far, ref):
+    far.root = type(far.root)(there)  # a folder of another node
+    try:
+        far.pixels(type(ref)("0" * 64, 28, 28))
+    except DataError as error:
+        return far.pixel_hash(ref), str(error)
+
+pixels, error = ray.get(look.remote(cluster.fetching(store), ref), timeout=60)
+assert pixels == store.pixel_hash(ref) and "0000 is not in the image store" in error, error
+print("ok")
+ray.shutdown()
+"""
+
+
+@pytest.mark.integration
+def test_another_node_fetches_pictures_from_the_drivers(tmp_path):
+    folders = [str(tmp_path / "here"), str(tmp_path / "there")]
+    done = subprocess.run([sys.executable, "-c", PICTURES, *folders], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "ok", done.stderr[-2000:]
+    assert [p.name for p in (tmp_path / "there").rglob("*") if len(p.name) == 64]
