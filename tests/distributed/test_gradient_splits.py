@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 BUDGETS = (52, 90, 10_000)  # tokens of a micro-batch: a row or two, some, all; algorithms take them in turn
 CASES = {name: (layout, BUDGETS) for name, layout in LAYOUTS.items()}
-CASES["dp2cp2, other budgets"] = (LAYOUTS["dp2cp2"], BUDGETS[1:])
+CASES["dp2cp2, other budgets"] = (LAYOUTS["dp2cp2"], BUDGETS[::-1])
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,9 @@ def test_loss_and_gradient_are_the_same_for_every_split(ranks, tiny_models, expe
     results = ranks.run(layout.world_size, rank_jobs_gradients.compare, tiny_models["tied"], layout, budgets, file, logprobs)
     for found in results:
         assert {name: error for name, error in found.items() if not error[1] < LIMIT} == {}
-        assert set(found) == set(losses) and len({count for count, *_ in found.values()}) >= 2, "all budgets split alike"
+        assert set(found) == set(losses)
+        is_filled = layout.pipeline_parallel > 1  # to the fewest micro-batches that keep its stages busy
+        assert is_filled or len({count for count, *_ in found.values()}) >= 2, "all budgets split alike"
     whole = {name: sum(found[name][3] for found in results) for name in losses}
     assert whole == pytest.approx(losses, rel=1e-5, abs=1e-7)
 
