@@ -39,7 +39,8 @@ async def run(config: RunConfig) -> dict[str, dict[str, float]]:
         await asyncio.gather(parts.rollouts.reward.start(), *ready)
         if saved:
             await parts.actor.load(saved[-1])
-            await parts.sync_weights()
+            async with parts.weights.lock:
+                await parts.sync_weights()
         results = {}
         for name, tasks in (("heldout", data.heldout), ("without_tool", data.without_tool)):
             if tasks:

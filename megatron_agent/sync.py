@@ -41,10 +41,11 @@ class WeightSync:
 
         Raises WeightSyncError, naming both sides, for an engine of another model.
         """
-        self._point = MeetingPoint(cluster.node_address(), self.config.rollout.weight_transport)
+        await self.pool.settled()
         training, rollout = await asyncio.gather(self.actor.places(), self.pool.places())
         on_gpus = cluster.num_gpus() > 0
-        topology = place_ranks(training, [place for engine in rollout for place in engine])
+        is_whole = len(rollout) == self.config.rollout.num_engines  # else: one died and was given up before the first round
+        topology = place_ranks(training, [place for engine in rollout for place in engine]) if is_whole else None
         self._fan_out = self._relaying = transfer_plan(self.config, self.family, topology, on_gpus)
         wish = self.config.rollout.weight_relay
         if wish == "always" or (wish == "auto" and on_gpus):  # on the same CPUs as the trainer relays only copy more
@@ -53,6 +54,7 @@ class WeightSync:
             for rank, shapes in enumerate(engine):
                 self._fan_out.check_engine(rank, shapes)
         await self._use(self._relaying)
+        self._point = MeetingPoint(cluster.node_address(), self.config.rollout.weight_transport)
         self.pool.watch()
         log.info("weight sync: %s", self.plan.describe())
 
@@ -70,6 +72,9 @@ class WeightSync:
         """
         if self._point is None:
             await self.connect()
+        if not self.pool.alive and self.pool.is_waiting:
+            self.version = version  # who comes back gets it, once the lock is free
+            return
         while (best := self._relaying if self._all_alive() else self._fan_out) is not self.plan:
             await self._use(best)  # an engine may die in it
         try:
@@ -116,9 +121,9 @@ class WeightSync:
 
     async def _rejoin(self, index: int, handle: Any) -> None:
         """An engine that was started again gets the current weights before it serves."""
+        if self._point is None:
+            return  # the first round waits for it
         async with self.lock:
-            if self._point is None:
-                return  # the first round has not been: it will be in it
             if self.plan is not self._fan_out:
                 await self._use(self._fan_out)
             await handle.init_weight_transfer.remote(receivers(self.plan, self.config.training.dtype)[index])

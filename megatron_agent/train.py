@@ -92,7 +92,8 @@ async def get_ready(
         await progress.restore(parts)
     with progress.timed("seconds_setup"):
         await stop.or_done(engines_ready, "starting the rollout engines", boards)
-        await parts.sync_weights()
+        async with parts.weights.lock:
+            await parts.sync_weights()
     return parts
 
 

@@ -53,6 +53,11 @@ class EnginePool:
         """Their indices."""
         return set(self._handles)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an engine is being started again."""
+        return bool(self._coming_back)
+
     def engine_for(self, trajectory_id: str) -> int:
         """Index of the engine that serves this trajectory. Raises EngineError when none is left."""
         index = self._engine_of.get(trajectory_id)
@@ -192,6 +197,11 @@ class EnginePool:
         if not self._handles:
             reasons = "; ".join(str(error) for error in failures.values())
             raise EngineError(f"every rollout engine has died, in {when}: {reasons}")
+
+    async def settled(self) -> None:
+        """Until no engine is being started again."""
+        while self._coming_back:
+            await asyncio.wait(self._coming_back.values())
 
     async def started(self) -> None:
         """Until every engine has started. Raises EngineError, saying why, when one has not."""
