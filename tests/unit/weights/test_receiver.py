@@ -57,8 +57,7 @@ def test_models_that_the_plan_does_not_fit():
 
 
 FAULTS = """
-import subprocess
-import sys
+import resource
 import torch
 from megatron_agent.weights.receiver import reused_memory
 
