@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -86,7 +85,6 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         self._missing = dict(self._sizes)  # elements of each parameter that have not come yet
-        self._packed: list[Future[None]] = []
         self._beside: dict[str, torch.Tensor] = {}
 
     def update_weights(self, update_info: Any) -> None:
@@ -96,10 +94,8 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """A shard is verified where it was written; WeightSyncError names the first that is wrong, and the engine must not
         serve then: some of its parameters are new."""
-        with reused_memory(), ThreadPoolExecutor(1, "pack") as self._packing:
+        with reused_memory():
             receive_all(Meeting(SyncRound(**update_info.sync_round)), self._rank, self._mine, self, self._relay_to)
-            for packed in self._packed:
-                packed.result()
 
     def write(self, copy: ShardCopy, values: torch.Tensor) -> torch.Tensor:
         place = self._target(copy.dst_param)[as_index(copy.dst_slice)]
@@ -133,9 +129,8 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if leaf == "weight":
             for user in self._users_of(module.weight):
                 if beside is not None or hasattr(user, "cpu_linear"):
-                    if len(self._packed) >= 2:
-                        self._packed[-2].result()  # one is packed and one waits, not the whole model
-                    self._packed.append(self._packing.submit(pack, user))
+                    user.cpu_linear = None  # the old packed weights make room for the new ones
+                    user.quant_method.process_weights_after_loading(user)
 
     def _owner(self, name: str) -> tuple[Any, str]:
         module_name, _, leaf = name.rpartition(".")
@@ -152,14 +147,6 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         pass
-
-
-@torch.no_grad()
-def pack(module: Any) -> None:
-    """Lay a module's new weights out as the CPU backend computes from them. One thread does it while others arrive: packing
-    takes longer than receiving."""
-    module.cpu_linear = None  # the old packed weights make room for the new ones
-    module.quant_method.process_weights_after_loading(module)
 
 
 @contextlib.contextmanager
