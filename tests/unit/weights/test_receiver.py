@@ -69,7 +69,8 @@ def faults_of_the_second():
 
 usual = faults_of_the_second()
 with reused_memory():
-    print(faults_of_the_second() * 10 < usual)
+    faults_of_the_second()  # the heap may first have to grow to a place where the block fits
+    print(min(faults_of_the_second() for _ in range(5)) * 10 < usual)
 """
 
 
