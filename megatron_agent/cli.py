@@ -1,4 +1,4 @@
-"""`megatron-agent train|evaluate|check run.yaml section.key=value ...`: errors of ours are one line, not a traceback."""
+"""`megatron-agent train|train-async|evaluate|check run.yaml section.key=value ...`: an error of ours is one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from megatron_agent.config import RunConfig, load, to_dict
 from megatron_agent.errors import ConfigError, MegatronAgentError, StopRequested
 
-USAGE = "usage: megatron-agent train|evaluate|check run.yaml [section.key=value ...]"
+USAGE = "usage: megatron-agent train|train-async|evaluate|check run.yaml [section.key=value ...]"
 
 
 def load_config(arguments: list[str]) -> RunConfig:
@@ -47,6 +47,8 @@ def main() -> int:
     name = arguments[0] if arguments else ""
     if name == "train":
         from megatron_agent.train import main as command
+    elif name == "train-async":
+        from megatron_agent.train_async import main as command
     elif name == "evaluate":
         from megatron_agent.evaluate import main as command
     elif name == "check":

@@ -149,8 +149,10 @@ class Stages:
 
     async def _sample(self, tasks: list[Task], step: int, num_groups: int) -> list[TrajectoryGroup]:
         groups = await self.rollouts.sample(tasks, step, num_groups)
-        if not self.algorithm.needs_greedy:
-            return groups
+        return await self.with_greedy(groups) if self.algorithm.needs_greedy else groups
+
+    async def with_greedy(self, groups: list[TrajectoryGroup]) -> list[TrajectoryGroup]:
+        """Every group with a greedy trajectory of its task under the current weights."""
         greedy = await self.rollouts.greedy([group.task for group in groups])
         return [replace(group, greedy=one) for group, one in zip(groups, greedy, strict=True)]
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
+from typing import TypeAlias
 
 from megatron_agent import cluster, stages
 from megatron_agent.config import RunConfig
@@ -22,11 +25,17 @@ from megatron_agent.rollout.collect import rollout_metrics
 from megatron_agent.run_state import Progress, StopSignal, keep_old_run
 from megatron_agent.sft import warm_start
 from megatron_agent.stages import Data, Stages
-from megatron_agent.training.samples import scored_samples
+from megatron_agent.training.samples import scored_samples, staleness
+from megatron_agent.types import TrajectoryGroup
+
+Loop: TypeAlias = Callable[[Stages, Progress, Boards, StopSignal], Awaitable[None]]
 
 
-async def train(config: RunConfig) -> Progress:
-    """A whole run: warm start, evaluation, RL, evaluation, report. Raises our errors; a stop signal ends it in order."""
+async def train(config: RunConfig, loop: Loop | None = None) -> Progress:
+    """A whole run: warm start, evaluation, RL, evaluation, report. Raises our errors; a stop signal ends it in order.
+
+    `loop`: how its steps go (None: `steps_in_turn`).
+    """
     family = stages.check(config)
     resumed = Progress.last(config)
     store = stages.image_store(config)
@@ -46,14 +55,7 @@ async def train(config: RunConfig) -> Progress:
             if not progress.before:
                 await evaluate_all(parts, progress, "before", boards, stop)
             try:
-                for step in range(progress.step + 1, config.training.num_steps + 1):
-                    with progress.timed("seconds_train"):
-                        await one_step(parts, progress, step, boards, stop)
-                        await parts.checkpoints.check(parts.learner)
-                        if is_due(step, config.checkpoint.every_steps):
-                            await progress.save(parts)
-                    if is_due(step, config.evaluation.every_steps) and step < config.training.num_steps:
-                        await evaluate_all(parts, progress, "between", boards, stop)
+                await (loop or steps_in_turn)(parts, progress, boards, stop)
                 await parts.rollouts.close()
                 await progress.save(parts)
                 await evaluate_all(parts, progress, "after", boards, stop)
@@ -101,25 +103,58 @@ def is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-async def one_step(parts: Stages, progress: Progress, step: int, boards: Boards, stop: StopSignal) -> None:
-    """Rollouts may be cut short by a stop signal; update and sync finish, so that weights and progress agree."""
-    config, timer = parts.config, Timer()
-    with timer.phase("step"):
-        with timer.phase("rollout"):
-            groups, refused = await stop.or_done(parts.sample_groups(step), f"step {step}: rollouts", boards)
-        samples = scored_samples(groups, parts.weight_version)
-        async with parts.weights.lock:
-            with timer.phase("train"):
-                boards.status(f"step {step}: update on {len(samples)} rows")
-                progress.is_updating = True
-                metrics = await parts.learner.update(
-                    samples, step, config.training.minibatches_per_step, config.rollout.temperature
-                )
-            with timer.phase("sync"):
-                if metrics:
-                    await parts.sync_weights()
-                else:
-                    boards.note(f"step {step}: no trajectory to learn from; nothing was learned")
+async def steps_in_turn(parts: Stages, progress: Progress, boards: Boards, stop: StopSignal) -> None:
+    """Rollouts, then the update, then the weights, until `training.num_steps` are done."""
+    for step in range(progress.step + 1, parts.config.training.num_steps + 1):
+        with progress.timed("seconds_train"):
+            timer = Timer()
+            with timer.phase("rollout"):
+                groups, refused = await stop.or_done(parts.sample_groups(step), f"step {step}: rollouts", boards)
+            await learn(parts, progress, step, groups, refused, timer, boards)
+            await end_step(parts, progress)
+        await evaluate_between(parts, progress, boards, stop)
+
+
+async def end_step(parts: Stages, progress: Progress) -> None:
+    """A save under way is looked at, and the next one started where it is due."""
+    await parts.checkpoints.check(parts.learner)
+    if is_due(progress.step, parts.config.checkpoint.every_steps):
+        await progress.save(parts)
+
+
+async def evaluate_between(parts: Stages, progress: Progress, boards: Boards, stop: StopSignal) -> None:
+    if is_due(progress.step, parts.config.evaluation.every_steps) and progress.step < parts.config.training.num_steps:
+        await evaluate_all(parts, progress, "between", boards, stop)
+
+
+async def learn(
+    parts: Stages,
+    progress: Progress,
+    step: int,
+    groups: list[TrajectoryGroup],
+    refused: list[TrajectoryGroup],
+    timer: Timer,
+    boards: Boards,
+    counts: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Groups -> update -> the engines' weights -> the step's record. Rollouts may be cut short by a stop signal; this is not,
+    so that weights and progress agree. `timer` holds what the step took so far, `counts` metrics of the loop."""
+    config = parts.config
+    samples = scored_samples(groups, parts.weight_version)
+    async with parts.weights.lock:
+        with timer.phase("train"):
+            boards.status(f"step {step}: update on {len(samples)} rows")
+            progress.is_updating = True
+            metrics = await parts.learner.update(
+                samples, step, config.training.minibatches_per_step, config.rollout.temperature
+            )
+        with timer.phase("sync"):
+            if metrics:
+                await parts.sync_weights()
+            else:
+                boards.note(f"step {step}: no trajectory to learn from; nothing was learned")
+    timer.seconds["step"] = sum(timer.seconds.values())
+    metrics |= {**staleness(samples), **counts}
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     metrics |= {"groups_refused": float(len(refused))} if refused else {}
     metrics |= rollout_metrics([*groups, *refused]) | timer.metrics() | {"weight_version": float(parts.weight_version)}

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from megatron_agent.rewards.base import RewardBase, iou, target_box
@@ -23,6 +24,14 @@ def trajectory_seed(run_seed: int, step: int, task_id: str, sample_index: int) -
     return int.from_bytes(hashlib.sha256(name).digest()[:4], "little") & 0x7FFFFFFF
 
 
+@dataclass
+class Unfinished:
+    """A group under way: its task and those of its trajectories that are there, scored."""
+
+    task: Task
+    trajectories: list[Trajectory] = field(default_factory=list)
+
+
 class Collection:
     """Groups under way, started at any time and taken as they finish.
 
@@ -34,28 +43,53 @@ class Collection:
     def __init__(self, reward: RewardBase, max_in_flight: int) -> None:
         self._reward, self._places = reward, asyncio.Semaphore(max_in_flight)
         self._numbers = itertools.count()
-        self._groups: dict[asyncio.Task[TrajectoryGroup], int] = {}
+        self._groups: dict[asyncio.Task[TrajectoryGroup], tuple[int, list[asyncio.Task[Trajectory]]]] = {}
+        self._tasks: dict[int, Task] = {}
+        self._ended = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._groups)
 
-    def start(self, tasks: Sequence[Task], num_samples: int, run_one: RunOne) -> None:
-        """`num_samples` scored trajectories of every task."""
-        for task in tasks:
-            episodes = [asyncio.create_task(self._episode(task, index, run_one)) for index in range(num_samples)]
-            self._groups[asyncio.create_task(_together(task, episodes))] = next(self._numbers)
+    def start(self, tasks: Sequence[Task], num_samples: int, run_one: RunOne) -> list[int]:
+        """`num_samples` scored trajectories of every task -> the groups' numbers in the order of their start."""
+        return [self.go_on(Unfinished(task), num_samples, run_one) for task in tasks]
+
+    def go_on(self, group: Unfinished, num_samples: int, run_one: RunOne) -> int:
+        """As `start`, of a group some of whose trajectories are there already."""
+        known = {trajectory.sample_index: trajectory for trajectory in group.trajectories}
+
+        async def episode(index: int) -> Trajectory:
+            return known[index] if index in known else await self._episode(group.task, index, run_one)
+
+        episodes = [asyncio.create_task(episode(index)) for index in range(num_samples)]
+        together, number = asyncio.create_task(_together(group.task, episodes)), next(self._numbers)
+        together.add_done_callback(lambda _: self._ended.set())
+        self._groups[together], self._tasks[number] = (number, episodes), group.task
+        return number
 
     async def next(self) -> tuple[int, TrajectoryGroup]:
-        """The next group to finish, and its number in the order of their start. Raises what one of its episodes raised."""
-        await asyncio.wait(self._groups, return_when=asyncio.FIRST_COMPLETED)
-        done = next(group for group in self._groups if group.done())
-        number = self._groups.pop(done)
-        return number, done.result()
+        """The next group to finish, started before or during the call, and its number. Raises what one of its episodes raised;
+        such a group stays, for `unfinished`."""
+        while (done := next((group for group in self._groups if group.done()), None)) is None:
+            self._ended.clear()
+            await self._ended.wait()
+        group = done.result()
+        number, _ = self._groups.pop(done)
+        del self._tasks[number]
+        return number, group
+
+    def unfinished(self) -> dict[int, Unfinished]:
+        """What is under way, by number, with the trajectories that are there."""
+        return {
+            number: Unfinished(self._tasks[number], [e.result() for e in episodes if e.done() and not _failed(e)])
+            for number, episodes in self._groups.values()
+        }
 
     async def cancel(self) -> None:
         """No episode outlives it, and no request of theirs."""
         groups = list(self._groups)
         self._groups.clear()
+        self._tasks.clear()
         for group in groups:
             group.cancel()
         await asyncio.gather(*groups, return_exceptions=True)
@@ -65,6 +99,10 @@ class Collection:
             trajectory = await run_one(task, sample_index)
         await _score(trajectory, self._reward)
         return trajectory
+
+
+def _failed(episode: asyncio.Task[Trajectory]) -> bool:
+    return episode.cancelled() or episode.exception() is not None
 
 
 async def _together(task: Task, episodes: list[asyncio.Task[Trajectory]]) -> TrajectoryGroup:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_agent.rollout.agent_loop import AgentConfig, run_episode
-from megatron_agent.rollout.collect import Collection, collect, in_order, trajectory_seed, weigh_end
+from megatron_agent.rollout.collect import Collection, Unfinished, collect, in_order, trajectory_seed, weigh_end
 from megatron_agent.rollout.engine import EnvSampling, RolloutConfig, Sampling
 from megatron_agent.rollout.scripted import check_scripted, scripted_generate
 from megatron_agent.rollout.tool_calls import ToolRunner
@@ -76,9 +76,17 @@ class Rollouts:
             await self.close()
         return in_order(groups)
 
-    def start(self, tasks: Sequence[Task], step: int) -> None:
-        """Start the episodes of a step, for whoever takes groups one by one (`next_group`)."""
-        self._under_way.start(tasks, self.config.group_size, functools.partial(self._sampled, step))
+    def start(self, tasks: Sequence[Task], step: int) -> list[int]:
+        """Start the episodes of a step, for whoever takes groups one by one (`next_group`) -> the groups' numbers."""
+        return self._under_way.start(tasks, self.config.group_size, functools.partial(self._sampled, step))
+
+    def go_on(self, group: Unfinished, step: int) -> int:
+        """As `start`, of a group that an earlier run had begun in its step `step`."""
+        return self._under_way.go_on(group, self.config.group_size, functools.partial(self._sampled, step))
+
+    def unfinished(self) -> dict[int, Unfinished]:
+        """What `start` began and `next_group` has not given out, by number."""
+        return self._under_way.unfinished()
 
     async def next_group(self) -> tuple[int, TrajectoryGroup]:
         """The next group that finishes, scored, and its number in the order of their start."""

@@ -39,6 +39,7 @@ class TrainingConfig:
     num_steps: int = 100
     prompts_per_step: int = 32
     minibatches_per_step: int = 1
+    max_staleness: int = 1  # train_async: weight versions that the oldest token of a step may be behind; 0: no overlap
     max_tokens_per_microbatch: int = 8192
     dtype: str = "float32"
     num_cpu_threads: int = 1
@@ -71,7 +72,7 @@ class TrainingConfig:
             raise ConfigError(f"training.lr_schedule={self.lr_schedule!r}; allowed: constant, linear, cosine")
         if not 0 <= self.min_lr_fraction <= 1:
             raise ConfigError(f"training.min_lr_fraction={self.min_lr_fraction} must lie between 0 and 1")
-        for name in ("num_steps", "warmup_steps"):
+        for name in ("num_steps", "warmup_steps", "max_staleness"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"training.{name}={getattr(self, name)} must be 0 or more")
         for name in ("prompts_per_step", "minibatches_per_step", "max_tokens_per_microbatch", "num_cpu_threads"):

@@ -63,6 +63,12 @@ def scored_samples(groups: list[TrajectoryGroup], weight_version: int | None = N
     return samples
 
 
+def staleness(samples: list[TrainSample]) -> dict[str, float]:
+    """How many weight versions the tokens that are trained on are behind the trainer: mean and largest."""
+    lags = [lag for s in samples for lag, own in zip(s.lag_T, s.action_mask_T) if own]
+    return {"staleness_mean": sum(lags) / len(lags), "staleness_max": float(max(lags))} if lags else {}
+
+
 def credited(samples: list[TrainSample], algorithm: Algorithm) -> list[TrainSample]:
     """The rows to train on, with their advantages and, for a critic, returns.
 

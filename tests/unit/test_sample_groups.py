@@ -44,6 +44,7 @@ def play(rewards, algorithm, prompts=2):
         data=SimpleNamespace(train=world), algorithm=algorithm, rollouts=world,
         config=SimpleNamespace(training=SimpleNamespace(prompts_per_step=prompts)),
     )  # fmt: skip
+    parts.with_greedy = lambda groups: Stages.with_greedy(parts, groups)
     parts._sample = lambda *arguments: Stages._sample(parts, *arguments)
     kept, refused = asyncio.run(Stages.sample_groups(parts, 1))
     return world, kept, refused
