@@ -149,7 +149,8 @@ async def under_load(shop: Workshop, layout: str, rollout: dict[str, Any], num_r
           f"{statistics.median(seconds):.2f} s (longest {max(seconds):.2f})")  # fmt: skip
     for name, grew in growth(memory).items():
         more_files = growth(files)[name]
-        print(f"{name}: {memory[name][-1] >> 20} MiB, grew by {grew / 2**20:.1f} MiB, open files by {more_files}")
+        series = [memory[name][i * (num_rounds - 1) // 10] >> 20 for i in range(11)]
+        print(f"{name}: grew by {grew / 2**20:.1f} MiB, open files by {more_files}; MiB after every tenth: {series}")
         if num_rounds >= WARM_ROUNDS and (grew > GROWTH_LIMIT_BYTES or more_files > FILES_LIMIT):
             wrong.append(f"{name} grew by {grew} bytes and {more_files} open files")
     return wrong
