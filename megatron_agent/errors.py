@@ -45,5 +45,9 @@ class StopRequested(MegatronAgentError):
     """SIGTERM, SIGINT or a scheduler's pre-emption asked the run to end."""
 
 
+class AlarmStop(MegatronAgentError, RuntimeError):
+    """An alarm that the run is configured to stop at; what was learned is in a checkpoint."""
+
+
 class TrainingError(MegatronAgentError, RuntimeError):
     """A trainer rank failed, or the loss is not a number."""

@@ -74,6 +74,7 @@ class Progress:
     stream: dict[str, Any] = field(default_factory=dict)
     weight_version: int = 0
     algorithm: dict[str, Any] = field(default_factory=dict)  # name of the algorithm -> its state
+    alarms: dict[str, Any] = field(default_factory=dict)
     num_trajectories: int = 0
     seconds_setup: float = 0.0
     seconds_train: float = 0.0
@@ -116,6 +117,7 @@ class Progress:
             parts.data.train.load_state(self.stream)
         if (name := parts.config.algorithm_name) in self.algorithm:
             parts.algorithm.load_state(self.algorithm[name])
+        parts.alarms.load_state(self.alarms)
         log.info("resumed from %s (step %d)", folder, self.step)
 
     async def save(self, parts: Stages, wait: bool = False) -> None:

@@ -18,6 +18,7 @@ from megatron_agent.data.images import ImageStore
 from megatron_agent.data.stream import TaskMix, TaskStream
 from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.models.base import ModelFamily
+from megatron_agent.observe.alarms import Alarms
 from megatron_agent.rollout.pool import EnginePool
 from megatron_agent.rollout.rollouts import Rollouts
 from megatron_agent.sync import WeightSync, transfer_plan
@@ -118,6 +119,7 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.config)
+        self.alarms = Alarms(self.config.observe.alarms, self.config.training.logprob_gap_alarm)
         self.actor, self.algorithm = self.learner.actor, self.learner.algorithm
 
     @property

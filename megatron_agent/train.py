@@ -14,7 +14,7 @@ from typing import TypeAlias
 from megatron_agent import cluster, stages
 from megatron_agent.config import RunConfig
 from megatron_agent.data.images import ImageStore
-from megatron_agent.errors import EngineError, StopRequested
+from megatron_agent.errors import AlarmStop, EngineError, StopRequested, TrainingError
 from megatron_agent.evaluate import evaluate
 from megatron_agent.models.base import ModelFamily
 from megatron_agent.observe.boards import Boards
@@ -59,7 +59,7 @@ async def train(config: RunConfig, loop: Loop | None = None) -> Progress:
                 await parts.rollouts.close()
                 await progress.save(parts)
                 await evaluate_all(parts, progress, "after", boards, stop)
-            except (StopRequested, EngineError):  # the trainer is whole
+            except (StopRequested, EngineError, AlarmStop):  # the trainer is whole
                 await progress.save(parts, wait=True)
                 raise
             finally:  # episodes that were carried over, while there is still a Ray to cancel them in
@@ -110,13 +110,22 @@ async def steps_in_turn(parts: Stages, progress: Progress, boards: Boards, stop:
             timer = Timer()
             with timer.phase("rollout"):
                 groups, refused = await stop.or_done(parts.sample_groups(step), f"step {step}: rollouts", boards)
-            await learn(parts, progress, step, groups, refused, timer, boards)
-            await end_step(parts, progress)
+            metrics = await learn(parts, progress, step, groups, refused, timer, boards)
+            await end_step(parts, progress, metrics, boards)
         await evaluate_between(parts, progress, boards, stop)
 
 
-async def end_step(parts: Stages, progress: Progress) -> None:
-    """A save under way is looked at, and the next one started where it is due."""
+async def end_step(parts: Stages, progress: Progress, metrics: dict[str, float], boards: Boards) -> None:
+    """Alarms are said, a save under way is looked at, and the next one started where it is due. Raises AlarmStop after an alarm
+    that is configured to stop the run, TrainingError for numbers that are not finite."""
+    alarms = parts.alarms.check(progress.step, metrics)
+    progress.alarms = parts.alarms.state()
+    for alarm in alarms:
+        boards.note(f"ALARM step {progress.step}: {alarm.name}: {alarm.text}")
+    for alarm in alarms:
+        if alarm.action == "stop":
+            how = f"step {progress.step}: {alarm.name}: {alarm.text} (observe.alarms.actions.{alarm.name}=stop)"
+            raise TrainingError(how) if alarm.name == "not_finite" else AlarmStop(how)
     await parts.checkpoints.check(parts.learner)
     if is_due(progress.step, parts.config.checkpoint.every_steps):
         await progress.save(parts)
@@ -136,9 +145,9 @@ async def learn(
     timer: Timer,
     boards: Boards,
     counts: Mapping[str, float] = MappingProxyType({}),
-) -> None:
-    """Groups -> update -> the engines' weights -> the step's record. Rollouts may be cut short by a stop signal; this is not,
-    so that weights and progress agree. `timer` holds what the step took so far, `counts` metrics of the loop."""
+) -> dict[str, float]:
+    """Groups -> update -> the engines' weights -> the step's record, its metrics. Rollouts may be cut short by a stop signal;
+    this is not, so that weights and progress agree. `timer` holds what the step took so far, `counts` metrics of the loop."""
     config = parts.config
     samples = scored_samples(groups, parts.weight_version)
     async with parts.weights.lock:
@@ -163,11 +172,7 @@ async def learn(
     progress.finish_step(step, parts, len(trajectories))
     boards.log(step, metrics)
     write_transcript(config.folder / "transcripts.jsonl", step, trajectories, config.observe.transcripts_per_step)
-    if metrics.get("logprob_gap_mean", 0.0) > config.training.logprob_gap_alarm:
-        boards.note(
-            f"ALARM step {step}: vLLM's and the trainer's log-probs differ by {metrics['logprob_gap_mean']:.2g} on average "
-            f"(training.logprob_gap_alarm={config.training.logprob_gap_alarm}): the two sides do not run the same model"
-        )
+    return metrics
 
 
 async def evaluate_all(parts: Stages, progress: Progress, when: str, boards: Boards, stop: StopSignal) -> None:

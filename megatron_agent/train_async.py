@@ -50,11 +50,11 @@ async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: S
                 if parts.algorithm.needs_greedy:
                     groups = await parts.with_greedy(groups)
                 counts = {"queue/finished": float(ahead.num_finished), "queue/under_way": float(ahead.num_under_way)}
-                await learn(parts, progress, step, groups, refused, timer, boards, counts)
+                metrics = await learn(parts, progress, step, groups, refused, timer, boards, counts)
                 ahead.commit()
                 if is_due(step, config.checkpoint.every_steps) or is_due(step, config.evaluation.every_steps):
                     queue.save(ahead, step)
-                await end_step(parts, progress)
+                await end_step(parts, progress, metrics, boards)
             await evaluate_between(parts, progress, boards, stop)
     finally:
         queue.save(ahead, progress.step)

@@ -32,6 +32,7 @@ from megatron_agent import registry
 from megatron_agent.config import RunConfig, load
 from megatron_agent.data.dataset import read_tasks, training_stream
 from megatron_agent.data.images import ImageStore
+from megatron_agent.observe.alarms import Alarms
 from megatron_agent.rollout.generation import Generation
 from megatron_agent.rollout.rollouts import Rollouts
 from megatron_agent.run_state import Progress
@@ -107,6 +108,7 @@ class Nothing:
 class SleepingStages(Stages):
     def __post_init__(self) -> None:
         self.checkpoints, self.lock = cast(Any, Nothing()), asyncio.Lock()
+        self.alarms = Alarms(self.config.observe.alarms, self.config.training.logprob_gap_alarm)
         self.algorithm = registry.resolve("algorithms", self.config.algorithm_name)(self.config.algorithm)
 
     async def sync_weights(self) -> None:

@@ -11,12 +11,13 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsFloat, TextIO
 
 from megatron_agent.errors import ConfigError
+from megatron_agent.observe.alarms import AlarmsConfig
 from megatron_agent.observe.display import Display, LogDisplay, SilentDisplay
 from megatron_agent.observe.metrics import drop_cut_line, read_metrics, rounded
 
@@ -35,6 +36,7 @@ class ObserveConfig:
     tensorboard: bool = True
     wandb: bool = False
     transcripts_per_step: int = 4
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
     def __post_init__(self) -> None:
         if self.display not in DISPLAYS:

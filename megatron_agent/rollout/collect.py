@@ -16,6 +16,7 @@ from megatron_agent.types import LossUse, RewardParts, Status, Task, Trajectory,
 RunOne: TypeAlias = Callable[[Task, int], Awaitable[Trajectory]]
 ACCURACY_PART = "accuracy"
 PENALTY_PART = "status_penalty"
+LOOP_TOKENS, LOOP_PERIOD = 32, 8
 
 
 def trajectory_seed(run_seed: int, step: int, task_id: str, sample_index: int) -> int:
@@ -160,7 +161,24 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     metrics["response_seconds"] = statistics.fmean(t.seconds for t in trajectories)
     for status in Status:
         metrics[f"status/{status.value}"] = sum(t.status is status for t in trajectories) / len(trajectories)
+    metrics["repeated_fraction"] = sum(ends_in_loop(t) for t in trajectories) / len(trajectories)
+    metrics |= _group_metrics(groups)
     return metrics | _tool_metrics([t for t in trajectories if t.task.env_name])
+
+
+def ends_in_loop(trajectory: Trajectory) -> bool:
+    """Whether its last LOOP_TOKENS generated tokens are one cycle of LOOP_PERIOD tokens at most, over and over."""
+    tail = trajectory.turns[-1].token_ids[-LOOP_TOKENS:] if trajectory.turns else []
+    if len(tail) < LOOP_TOKENS:
+        return False
+    return any(tail[period:] == tail[:-period] for period in range(1, LOOP_PERIOD + 1))
+
+
+def _group_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """The share of groups, of those with two scored members or more, in which all rewards are alike."""
+    totals = [[t.reward.total for t in group.trajectories if isinstance(t.reward, RewardParts)] for group in groups]
+    compared = [rewards for rewards in totals if len(rewards) > 1]
+    return {"degenerate_groups": sum(len(set(r)) == 1 for r in compared) / len(compared)} if compared else {}
 
 
 def _reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -10,8 +10,10 @@ import pytest
 from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.checkpoints import Checkpoints
 from megatron_agent.config import ModelSection, RunConfig
-from megatron_agent.errors import CheckpointError, EngineError, StopRequested
+from megatron_agent.errors import AlarmStop, CheckpointError, EngineError, StopRequested, TrainingError
+from megatron_agent.observe.alarms import Alarms, AlarmsConfig
 from megatron_agent.run_state import Progress, StopSignal, keep_old_run
+from megatron_agent.train import end_step
 from megatron_agent.training.actor import TrainingConfig
 from megatron_agent.training.checkpoint import begin_checkpoint, complete_checkpoints, finish_checkpoint, read_state
 from tests.unit.fake_ranks import NUM_RANKS, FakeRanks, write_hf_folder
@@ -91,6 +93,7 @@ def make_parts(tmp_path, ranks):
         data=data,
         algorithm=Controlled(),
         checkpoints=checkpoints,
+        alarms=Alarms(config.observe.alarms, config.training.logprob_gap_alarm),
     )
 
 
@@ -101,6 +104,8 @@ def test_progress_survives_a_checkpoint(tmp_path):
         parts.algorithm.coefficient = 0.7
         progress = Progress(before={"heldout": {"accuracy": 0.25}}, seconds_train=1.5)
         progress.finish_step(7, parts, 32)
+        parts.alarms.check(7, {"entropy": 0.5})
+        progress.alarms = parts.alarms.state()
         parts.algorithm.coefficient = 0.9  # the next step has begun
         await progress.save(parts, wait=True)
         parts.config.resume = "auto"
@@ -115,6 +120,7 @@ def test_progress_survives_a_checkpoint(tmp_path):
         ranks.load = load
         await again.restore(new)
         assert loaded == ["step_00000007"] and new.algorithm.coefficient == 0.7
+        assert new.alarms.state()["history"]["entropy"] == [0.5]
         parts.config.resume = "never"
         assert Progress.last(parts.config) is None
 
@@ -172,3 +178,23 @@ def test_an_earlier_run_is_kept(tmp_path):
     folder.mkdir()
     keep_old_run(folder)  # no run, only a folder
     assert folder.exists()
+
+
+def test_an_alarm_is_said_and_may_stop_the_run(tmp_path):
+    """Numbers that are not finite end it without a checkpoint of them; others after one (train.train saves it)."""
+    notes = []
+    boards = SimpleNamespace(note=notes.append)
+
+    def ends(metrics, **actions):
+        parts, progress = make_parts(tmp_path, FakeRanks()), Progress(step=3)
+        parts.config.checkpoint.every_steps = 0
+        parts.alarms = Alarms(AlarmsConfig(actions=actions), 0.05)
+        asyncio.run(end_step(parts, progress, metrics, boards))
+        return progress
+
+    progress = ends({"loss": 0.5, "repeated_fraction": 0.9})
+    assert notes and notes[0].startswith("ALARM step 3: repetition: 90.0% of") and progress.alarms["said"] == {"repetition": 3}
+    with pytest.raises(AlarmStop, match=r"step 3: repetition: .*observe\.alarms\.actions\.repetition=stop"):
+        ends({"loss": 0.5, "repeated_fraction": 0.9}, repetition="stop")
+    with pytest.raises(TrainingError, match="not_finite: loss=nan"):
+        ends({"loss": float("nan")})

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from megatron_agent.rollout.collect import Collection, collect, rollout_metrics, trajectory_seed, weigh_end
+from megatron_agent.rollout.collect import Collection, collect, ends_in_loop, rollout_metrics, trajectory_seed, weigh_end
 from megatron_agent.types import LossUse, RewardParts, Status, Task, ToolCall, Trajectory, TrajectoryGroup, Turn, Unscored
 
 
@@ -169,3 +169,24 @@ def test_accuracy_of_every_source_where_there_are_several():
     }  # fmt: skip
     assert metrics["accuracy"] == pytest.approx(2 / 3)
     assert not [name for name in rollout_metrics([of("vstar", 1.0), of("vstar", 0.0)]) if name.startswith("source/")]
+
+
+def test_loops_at_the_end_of_a_trajectory():
+    def ends_so(*token_ids):
+        spoken = Turn(list(token_ids), [0.0] * len(token_ids), [0] * len(token_ids), "", "stop")
+        return ends_in_loop(Trajectory(task("a"), 0, [], [turn(40), spoken]))
+
+    assert ends_so(*range(50), *[7] * 32) and ends_so(*[1, 2, 3] * 20)
+    assert not ends_so(*range(50), *[7] * 31) and not ends_so(*[7] * 20) and not ends_so(*range(9), *range(9), *range(9))
+    assert not ends_so(*list(range(9)) * 5)  # nine tokens are no stutter
+    assert not ends_in_loop(Trajectory(task("a"), 0, []))
+
+
+def test_groups_whose_rewards_are_all_alike():
+    def group(*rewards):
+        parts = [Unscored("away") if r is None else RewardParts({"x": r}, {"x": 1.0}) for r in rewards]
+        return TrajectoryGroup(task("a"), [Trajectory(task("a"), i, [], reward=r) for i, r in enumerate(parts)])
+
+    groups = [group(1, 1, None), group(0, 1), group(0, 0, 0), group(0.5, 0.25), group(1, None)]
+    assert rollout_metrics(groups)["degenerate_groups"] == 0.5
+    assert "degenerate_groups" not in rollout_metrics([group(1)])
