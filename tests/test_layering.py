@@ -39,7 +39,7 @@ OURS = {
 
 # Where a heavy library may be imported at all.
 HEAVY = {
-    "vllm": {"rollout/engine.py", "weights/receiver.py"},
+    "vllm": {"rollout/engine.py", "weights/receiver.py", "weights/reload.py"},  # the last is the receiver's other half
     "megatron": {"training/", "models/", "weights/sender.py"},
     "ray": {"cluster.py", "training/actor.py", "training/worker.py", "rollout/engine.py", "rollout/pool.py"},
 }

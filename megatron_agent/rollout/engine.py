@@ -87,6 +87,7 @@ class RolloutConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 4096
     dtype: str = "float32"
+    quantization: str = ""  # vLLM's name of one that it does itself while it loads, e.g. fp8; "": none
     gpu_memory_utilization: float = 0.6
     cpu_kvcache_gib: int = 1
     num_cpu_threads: int = 1
@@ -186,6 +187,7 @@ class Engine:
             vllm_config = AsyncEngineArgs(
                 model=self.model_path,
                 dtype=dtype,
+                quantization=config.quantization or None,
                 seed=self._seed,
                 tensor_parallel_size=config.tensor_parallel,
                 max_model_len=config.max_model_len,
@@ -335,9 +337,19 @@ class Engine:
         await self.llm.resume_generation()
 
     async def describe(self) -> list[dict[str, tuple[int, ...] | None]]:
-        """Parameter name -> shape (None: packed) of every worker, as vLLM holds them (needs the worker extension)."""
+        """Parameter name -> shape of every worker, as vLLM holds them (needs the worker extension).
+
+        None: packed, or quantised perhaps, and then in a layout of vLLM's choice. The receiver looks at the shapes that
+        quantised ones are loaded in (weights/reload.py).
+        """
         workers = await self.llm.collective_rpc("describe_parameters")
-        return [{name: shape and tuple(shape) for name, shape in worker.items()} for worker in workers]
+
+        def known(shape: Sequence[int] | None) -> tuple[int, ...] | None:
+            if shape is None or (self.config.quantization and len(shape) > 1 and 0 not in shape):
+                return None
+            return tuple(shape)
+
+        return [{name: known(shape) for name, shape in worker.items()} for worker in workers]
 
     async def places(self) -> list[tuple[str, str]]:
         """(host, device) of every worker (needs the worker extension)."""

@@ -25,6 +25,7 @@ from megatron_agent.weights.template import Template
 from megatron_agent.weights.topology import Place, Topology
 
 TOWER = "visual."  # what a family calls its tower for pictures (models/base.py)
+ADDED = ("scale", "scale_inv", "zero_point", "global_scale")  # how vLLM calls what its quantisation adds: weight_scale, k_scale
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,11 @@ class TransferPlan:
         """Raise WeightSyncError unless these are the parameters that the plan fills on a vLLM rank.
 
         `shapes`: live ones, a vocabulary without its padding (vLLM's `num_org_embeddings_per_partition` rows); None: not
-        known (emptied by the backend), only the name is checked.
+        known (emptied by the backend, or quantised), only the name is checked. What quantisation adds is left out.
         """
         wanted = self.template.shapes[tensor_rank]
         there = {name: shape for name, shape in shapes.items() if shape is None or 0 not in shape}
+        there = {name: shape for name, shape in there.items() if name in wanted or not is_added(name)}
         missing, unknown = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
         if missing or unknown:
             raise WeightSyncError(
@@ -304,6 +306,12 @@ def check_splits(table: Sequence[Entry], training: Layout, rollout: RolloutLayou
                     f"{side}.tensor_parallel that divides it"
                     + (' or rollout.mm_encoder_tp_mode="data"' if side == "rollout" and entry.param.startswith(TOWER) else "")
                 ) from error
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter of vLLM comes from quantisation, not from a checkpoint."""
+    leaf = name.rpartition(".")[2]
+    return any(leaf.endswith(f"_{ending}") for ending in ADDED)
 
 
 def to_plain(plan: Sequence[ShardCopy]) -> list[list]:

@@ -22,7 +22,8 @@ from megatron_agent.errors import WeightSyncError
 from megatron_agent.models.mapping import as_index
 from megatron_agent.types import ShardCopy, SyncRound
 from megatron_agent.weights.meeting import Meeting, place
-from megatron_agent.weights.plan import from_plain
+from megatron_agent.weights.plan import from_plain, is_added
+from megatron_agent.weights.reload import LayerwiseReload, loading_parameters
 from megatron_agent.weights.transport import receive_all
 
 BACKEND = "megatron_agent"
@@ -54,11 +55,12 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Receives this rank's shards and writes them where vLLM computes from them.
 
     Where the backend keeps its weights they are written in place. Where it packs them (CPU) a parameter is put together
-    beside, packed when its last shard is there, and forgotten.
+    beside, packed when its last shard is there, and forgotten. Where it quantises them they take vLLM's reload (reload.py).
     """
 
     init_info_cls, update_info_cls = InitInfo, UpdateInfo
     supports_draft_weight_update = False
+    _always_reloads = False  # for tests: quantised or not
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         rank = self.parallel_config.rank % self.parallel_config.tensor_parallel_size
@@ -68,7 +70,8 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._relay_to = None if init_info.relay_to is None else init_info.relay_to + rank
         self._dtype = getattr(torch, init_info.dtype)
         self._modules = dict(self.model.named_modules())
-        named = dict(self.model.named_parameters())
+        is_reloading = self._always_reloads or self.vllm_config.quant_config is not None
+        named = loading_parameters(self.model) if is_reloading else dict(self.model.named_parameters())
         self._shapes: dict[str, list[int]] = {}
         self._sizes: dict[str, int] = defaultdict(int)
         for copy in self._mine:
@@ -79,13 +82,18 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             missing = sorted(self._shapes.keys() - set(named))[:3]
             raise WeightSyncError(f"this vLLM model has no parameters {missing}: another model family?")
         # What only other ranks are sent is, on this one, nothing but padding of the vocabulary: the plan has seen to it.
-        unfilled = set(named) - {copy.dst_param for copies in everyones for copy in copies}
+        filled = {copy.dst_param for copies in everyones for copy in copies}
+        unfilled = {name for name in named if name not in filled and not (is_reloading and is_added(name))}
         if unfilled:
             raise WeightSyncError(f"the plan does not fill vLLM's parameters {sorted(unfilled)[:3]}")
+        size = self.parallel_config.tensor_parallel_size
+        self._reload = LayerwiseReload(self.model, self._shapes, self._dtype, size) if is_reloading else None
 
     def start_weight_update(self) -> None:
         self._missing = dict(self._sizes)  # elements of each parameter that have not come yet
         self._beside: dict[str, torch.Tensor] = {}
+        if self._reload is not None:
+            self._reload.start()
 
     def update_weights(self, update_info: Any) -> None:
         info = update_info if isinstance(update_info, UpdateInfo) else self.parse_update_info(update_info)
@@ -108,6 +116,8 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._finish(copy.dst_param)
 
     def _target(self, name: str) -> torch.Tensor:
+        if self._reload is not None:
+            return self._reload.target(name)
         if name in self._beside:
             return self._beside[name]
         module, leaf = self._owner(name)
@@ -122,6 +132,9 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _finish(self, name: str) -> None:
         """All of a parameter is there: pack it again where the backend computes from packed weights."""
+        if self._reload is not None:
+            self._reload.whole(name)
+            return
         module, leaf = self._owner(name)
         beside = self._beside.pop(name, None)
         if beside is not None:
@@ -144,6 +157,8 @@ class ShardReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         left = [name for name, missing in self._missing.items() if missing]
         if left:
             raise WeightSyncError(f"parameters {left[:3]} of rollout rank {self._rank} did not arrive whole")
+        if self._reload is not None:
+            self._reload.finish(self.model_config)
 
     def shutdown(self) -> None:
         pass

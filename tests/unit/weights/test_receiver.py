@@ -9,7 +9,7 @@ import torch
 
 from megatron_agent.errors import WeightSyncError
 from megatron_agent.types import ShardCopy
-from megatron_agent.weights.plan import to_plain
+from megatron_agent.weights.plan import is_added, to_plain
 
 pytestmark = pytest.mark.integration  # imports vLLM
 
@@ -26,6 +26,7 @@ def receiver(names, rank):
 
     made = object.__new__(ShardReceiver)
     made.parallel_config = SimpleNamespace(rank=rank, tensor_parallel_size=2)
+    made.vllm_config = SimpleNamespace(quant_config=None)
     made.model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(2)) for name in names})
     copies = [to_plain([copy for copy in PLAN if copy.dst_rank == to]) for to in (0, 1)]
     made.init_transfer_engine(InitInfo(copies=copies, dtype="float32", first_rank=0))
@@ -54,6 +55,12 @@ def test_models_that_the_plan_does_not_fit():
         receiver(["embed", "w", "x"], 0)
     with pytest.raises(WeightSyncError, match=r"no parameters \['embed'\]: another model family"):
         receiver(["w"], 0)
+
+
+def test_what_quantisation_adds():
+    names = ["a.weight_scale", "a.weight_scale_inv", "attn.k_scale", "a.input_scale", "a.weight_zero_point"]
+    assert all(is_added(name) for name in names)
+    assert not any(is_added(name) for name in ["a.weight", "a.bias", "scale", "rescale", "k_scale.weight"])
 
 
 FAULTS = """
