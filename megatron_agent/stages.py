@@ -18,6 +18,7 @@ from megatron_agent.data.images import ImageStore
 from megatron_agent.data.stream import TaskMix, TaskStream
 from megatron_agent.errors import ConfigError, DataError
 from megatron_agent.models.base import ModelFamily
+from megatron_agent.models.vocabulary import check_same_tokens
 from megatron_agent.observe.alarms import Alarms
 from megatron_agent.rollout.pool import EnginePool
 from megatron_agent.rollout.rollouts import Rollouts
@@ -57,6 +58,7 @@ def check(config: RunConfig) -> ModelFamily:
     if (teacher := teacher_family(config)) is not None:
         teacher.check(replace(config.training, stage_layers=[]).layout)
         weight_files(teacher.path)
+        check_same_tokens(family.path, teacher.path)
     return family
 
 
