@@ -138,11 +138,13 @@ def aggregation_weights(algorithm: Algorithm, inputs: LossInputs, size: BatchSiz
 
 
 def add_gap(stats: LossStats, trainer_logprobs_R: torch.Tensor, batch: MicroBatch) -> None:
-    """|log-prob(trainer) - log-prob(vLLM)| of every token that these weights generated (of older ones it is no error but
-    learning), and apart: before and after a tool's picture."""
+    """|log-prob(trainer) - log-prob(vLLM)| of every token that these weights generated, and apart: before and after a tool's
+    picture. Of tokens of older weights it is learning more than error: `logprob_drift_mean`."""
     gap = (trainer_logprobs_R - batch.rollout_logprobs_R).abs()
     fresh = torch.ones_like(batch.after_image_R) if batch.lag_R is None else batch.lag_R == 0
-    stats.add("logprob_gap_mean", gap[fresh])
+    for name, mask in (("logprob_gap_mean", fresh), ("logprob_drift_mean", ~fresh)):
+        if mask.any():
+            stats.add(name, gap[mask])
     stats.maximum("logprob_gap_max", gap[fresh])
     for name, mask in (("before_image", fresh & ~batch.after_image_R), ("after_image", fresh & batch.after_image_R)):
         if mask.any():

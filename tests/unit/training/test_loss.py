@@ -1,10 +1,12 @@
 """Masks, denominators and statistics of losses on one rank."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron_agent.algorithms.grpo import GRPO
-from megatron_agent.training.loss import LossStats, PolicyOutput, Supervised, microbatch_loss
+from megatron_agent.training.loss import LossStats, PolicyOutput, Supervised, add_gap, microbatch_loss
 from megatron_agent.types import BatchSize, MicroBatch, TrainSample
 
 
@@ -77,6 +79,20 @@ def test_the_gap_is_the_trainers_before_the_update_against_vllms():
     stats = LossStats()  # after a first mini-batch the weights have moved: only the old log-probs say what the gap was
     loss_of(logprobs - 1, torch.zeros(4), batch_of(logprobs, rollout, [0.0] * 4, old=rollout), GRPO(), 4, stats)
     assert stats.means()["logprob_gap_max"] == 0.0 and "logprob_gap_mean/after_image" not in stats.means()
+
+
+def test_tokens_of_older_weights_are_no_gap_but_drift():
+    batch = SimpleNamespace(
+        rollout_logprobs_R=torch.tensor([-1.0, -2.0, -3.0]), after_image_R=torch.tensor([False, True, True]),
+        lag_R=torch.tensor([0, 1, 2]),
+    )  # fmt: skip
+    stats = LossStats()
+    add_gap(stats, torch.tensor([-1.25, -3.0, -5.0]), batch)
+    means = stats.means()
+    assert (means["logprob_gap_mean"], means["logprob_gap_max"], means["logprob_drift_mean"]) == (0.25, 0.25, 1.5)
+    stats, batch.lag_R = LossStats(), torch.tensor([1, 1, 1])
+    add_gap(stats, torch.tensor([-1.25, -3.0, -5.0]), batch)
+    assert stats.means().keys() == {"logprob_drift_mean"}  # nothing says how far the engines are: no zero is shown for it
 
 
 def test_statistics_merge_by_tokens_not_by_batches():
