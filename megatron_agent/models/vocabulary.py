@@ -38,5 +38,6 @@ def check_same_tokens(policy: Path, teacher: Path) -> None:
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
     if size <= max(own.values()):
         raise ConfigError(
-            f"algorithm.teacher_path={teacher}: its vocabulary has {size} rows, the tokenizer's ids go to {max(own.values())}"
+            f"algorithm.teacher_path={teacher}: its config.json has vocab_size={size}, the tokens of model.path={policy} go to "
+            f"{max(own.values())}; take a teacher with a row for each of them"
         )
