@@ -1,4 +1,7 @@
-"""CISPO: clipped importance sampling weights (arXiv 2506.13585, equations 4 and 5): every token keeps its gradient."""
+"""CISPO: clipped importance sampling weights (arXiv 2506.13585, equations 4 and 5): every token keeps its gradient.
+
+The paper clips the weight from above alone and does not say where: the default of `clip_high` (weights up to 5) is ours.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class CISPO(PolicyGradient):
 
     @dataclass
     class Config(ClipOptions):
-        clip_low: float = 1.0  # no lower end
+        clip_low: float = 1.0  # no lower end, as in the paper
         clip_high: float = 4.0
 
         def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ class DAPO(PolicyGradient):
         return not self.config.dynamic_sampling or not is_flat([sample.reward for sample in samples])
 
     def overlong_penalty(self, num_tokens: int) -> float:
-        """0 up to max - cache tokens, then falling to -1 at max."""
+        """0 up to max - cache tokens, then falling to -1 at max (in the paper rewards are -1 and 1)."""
         longest, cache = self.config.overlong_max_tokens, self.config.overlong_cache_tokens
         return -min(1.0, max(0.0, (num_tokens - (longest - cache)) / cache)) if longest else 0.0
 

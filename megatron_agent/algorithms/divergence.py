@@ -35,7 +35,8 @@ def kl_estimate(log_ratio: Array, estimator: str) -> Array:
 
 
 def next_coefficient(options: KLOptions, coefficient: float, kl: float, num_trajectories: int) -> float:
-    """beta (1 + e n / horizon), e = clip(kl / target - 1, -0.2, 0.2) (arXiv 1909.08593, section 2.2)."""
+    """beta (1 + e n / horizon), e = clip(kl / target - 1, -0.2, 0.2): arXiv 1909.08593, section 2.2, with n / horizon for its
+    K = 0.1, as in its published code."""
     if not options.target or not math.isfinite(kl):
         return coefficient
     error = min(max(kl / options.target - 1, -0.2), 0.2)

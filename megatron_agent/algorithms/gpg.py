@@ -1,4 +1,4 @@
-"""GPG: group policy gradient (arXiv 2504.02546, equations 4 to 6): no ratio, no clipping, no reference."""
+"""GPG: group policy gradient (arXiv 2504.02546): no ratio, no clipping, no reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""GRPO: group-relative policy optimisation (arXiv 2402.03300, equations 3 and 21); token-mean and no KL by default.
+"""GRPO: group-relative policy optimisation (arXiv 2402.03300, equation 3; advantages: section 4.1.2).
+
+Token-mean and no KL by default; the paper has `aggregation: sequence-mean` and `kl: {coefficient: 0.04}` (k3, equation 4).
 
 Dr. GRPO (arXiv 2503.20783, section 3.2) is `normalise_std: false, aggregation: fixed-length, fixed_length_tokens: N`.
 """

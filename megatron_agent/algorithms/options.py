@@ -54,8 +54,8 @@ class ImportanceOptions:
     """Weights for tokens that were not sampled from the policy as the trainer computes it: w = exp(log-prob(trainer, before
     the update) - log-prob(engine)). The engine's rounding and its older weights are both in it.
 
-    `truncate`: min(w, high) (truncated importance sampling); `mask`: w, but 0 outside [low, high]. `level`: w of a token,
-    of its whole sequence (the product), or the geometric mean of its sequence.
+    `truncate`: min(w, high) (truncated importance sampling: Ionides, 2008); `mask`: w, but 0 outside [low, high]. `level`: w
+    of a token, of its whole sequence (the product), or the geometric mean of its sequence.
     """
 
     correction: str = "none"

@@ -1,6 +1,6 @@
-"""REINFORCE++ (arXiv 2501.03262, section 3): returns of tokens, normalised over the whole batch, no critic.
+"""REINFORCE++ (arXiv 2501.03262v9, section 3.1): returns of tokens, normalised over the whole batch, no critic.
 
-The paper takes the KL off the reward: `kl: {coefficient: 0.01, where: reward, estimator: k1}`.
+The paper takes the KL off the reward: `kl: {where: reward, estimator: k1}` with a coefficient above 0.
 """
 
 from __future__ import annotations

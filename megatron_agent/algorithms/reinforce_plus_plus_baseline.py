@@ -1,6 +1,6 @@
-"""REINFORCE++-baseline (arXiv 2501.03262, section 3): the group's mean off, then normalised over the whole batch.
+"""REINFORCE++-baseline (arXiv 2501.03262v9, section 3.2): the group's mean off, then normalised over the whole batch.
 
-The paper takes KL into the loss: `kl: {coefficient: 0.01, where: loss, estimator: k2}`.
+The paper takes KL into the loss: `kl: {where: loss, estimator: k2}` with a coefficient above 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ReMax (arXiv 2310.10505, equation 5): REINFORCE with the greedy trajectory's reward as the baseline."""
+"""ReMax (arXiv 2310.10505): REINFORCE with the greedy trajectory's reward as the baseline."""
 
 from __future__ import annotations
 

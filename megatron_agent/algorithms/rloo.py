@@ -1,4 +1,4 @@
-"""RLOO: REINFORCE leave-one-out (arXiv 2402.14740, equation 8), with PPO's clipped ratio for more than one mini-batch."""
+"""RLOO: REINFORCE leave-one-out (arXiv 2402.14740), with PPO's clipped ratio for more than one mini-batch."""
 
 from __future__ import annotations
 
