@@ -10,11 +10,13 @@ the engines' differ by is `algorithm.importance`'s to correct.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import zlib
 from pathlib import Path
 
+from megatron_agent.algorithms.options import Options
 from megatron_agent.config import RunConfig
 from megatron_agent.errors import CheckpointError, ConfigError
 from megatron_agent.observe.boards import Boards
@@ -26,9 +28,19 @@ from megatron_agent.train import end_step, evaluate_between, is_due, learn, trai
 from megatron_agent.training.checkpoint import complete_checkpoints, step_folder
 from megatron_agent.training.samples import scored_samples
 
+log = logging.getLogger("megatron_agent")
+
 
 def check_overlap(config: RunConfig) -> None:
-    """Raises ConfigError for what only the synchronous loop does."""
+    """Raises ConfigError for what only the synchronous loop does; warns of stale tokens that nothing corrects."""
+    algorithm, bound = config.algorithm, config.training.max_staleness
+    if bound and isinstance(algorithm, Options) and algorithm.importance.correction == "none":
+        log.warning(
+            "training.max_staleness=%d and algorithm.importance.correction=none: tokens of older weights are trained on "
+            "as if the current ones had sampled them, and a run may collapse (the quickstart did); "
+            "'algorithm.importance={correction: truncate, high: 2.0}' weighs them",
+            bound,
+        )
     if config.rollout.oversample:
         raise ConfigError(
             f"rollout.oversample={config.rollout.oversample} is of the synchronous loop; here training.max_staleness="
