@@ -12,6 +12,7 @@ from megatron_agent.observe.metrics import read_metrics
 from tests.integration.conftest import ROOT, RUN_YAML
 
 pytestmark = pytest.mark.integration
+QUICK = ["training.tensor_parallel=1", "evaluation.files=[]", "evaluation.without_tool_files=[]"]
 
 
 def run(module, overrides):
@@ -25,7 +26,7 @@ def train_rows(folder):
 
 
 def test_rollouts_run_ahead_and_a_restart_keeps_them(overrides, tmp_path):
-    overrides += ["training.tensor_parallel=1", "training.max_staleness=2", "checkpoint.every_steps=1"]
+    overrides += [*QUICK, "training.max_staleness=2", "checkpoint.every_steps=1"]
     run("train_async", [*overrides, "training.num_steps=5", "checkpoint.keep=0"])
     folder = tmp_path / "run"
     rows = train_rows(folder)
@@ -43,7 +44,7 @@ def test_rollouts_run_ahead_and_a_restart_keeps_them(overrides, tmp_path):
 
 
 def test_staleness_0_gives_the_numbers_of_the_synchronous_loop(overrides, tmp_path):
-    overrides += ["training.tensor_parallel=1", "evaluation.files=[]", "evaluation.without_tool_files=[]"]
+    overrides += QUICK
     run("train", [*overrides, "name=turns"])
     run("train_async", [*overrides, "name=ahead", "training.max_staleness=0"])
     for turns, ahead in zip(train_rows(tmp_path / "turns"), train_rows(tmp_path / "ahead"), strict=True):
