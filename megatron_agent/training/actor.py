@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import statistics
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,13 +156,13 @@ class Actor:
         gap: LossStats | None = None
         if num_minibatches > 1 and any(sample.old_logprobs_T is None for sample in samples):
             gap = await self.fill_old_logprobs(samples, temperature)
-        total, grad_norm, first = await self._take_steps(samples, algorithm, lr, num_minibatches, temperature)
+        total, norms, first = await self._take_steps(samples, algorithm, lr, num_minibatches, temperature)
         metrics = total.means()
         metrics |= {f"first/{name}": first[name] for name in ("ratio_deviation_max", "clip_fraction") if name in first}
         if gap is not None:
             metrics |= gap.means()
         num_tokens = sum(sample.num_tokens for sample in samples)
-        return metrics | {"grad_norm": grad_norm, "lr": lr, "train_tokens": float(num_tokens)}
+        return metrics | norms | {"lr": lr, "train_tokens": float(num_tokens)}
 
     async def _take_steps(
         self,
@@ -170,8 +171,8 @@ class Actor:
         lr: float,
         num_minibatches: int,
         temperature: float,
-    ) -> tuple[LossStats, float, dict[str, float]]:
-        """-> statistics of all action tokens, mean gradient norm of the steps, means of the first step."""
+    ) -> tuple[LossStats, dict[str, float], dict[str, float]]:
+        """-> statistics of all action tokens, norms (means of the steps), means of the first step."""
         import ray
 
         from megatron_agent.training.loss import LossStats
@@ -185,7 +186,7 @@ class Actor:
                 total.merge(stats)
             norms.append(results[0][1])
             first = first or total.means()
-        return total, sum(norms) / len(norms), first
+        return total, {name: statistics.fmean(of_step[name] for of_step in norms) for name in norms[0]}, first
 
     async def to_device(self) -> None:
         """What is offloaded comes back, for several calls that need it (each fetches what it needs itself)."""

@@ -83,13 +83,13 @@ class Critic(Actor):
         if not samples:
             return {}
         await self.to_device()
-        total, grad_norm, _ = await self._take_steps(samples, objective, lr, num_minibatches, temperature=1.0)
+        total, norms, _ = await self._take_steps(samples, objective, lr, num_minibatches, temperature=1.0)
         means = total.means()
         return {
             "value_loss": means["loss"],
             "value_mean": means["value"],
             "value_clip_fraction": means["value_clip_fraction"],
             "value_explained_variance": explained_variance(means),
-            "value_grad_norm": grad_norm,
+            "value_grad_norm": norms["grad_norm"],
             "value_lr": lr,
         }

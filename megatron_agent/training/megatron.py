@@ -24,6 +24,7 @@ from megatron_agent.training.checkpoint import load_hf_shards
 from megatron_agent.training.critic import ValueObjective
 from megatron_agent.training.layout import Layout, is_tensor_parallel, megatron_pieces
 from megatron_agent.training.loss import LossStats, PolicyOutput, add_gap, microbatch_loss
+from megatron_agent.training.norms import block_norms
 from megatron_agent.training.offload import check_on_device
 from megatron_agent.training.options import ModelOptions, OptimizerOptions
 from megatron_agent.training.packing import Pixels, build_microbatch, keep_targets, padded_length
@@ -154,8 +155,8 @@ class MegatronModel:
         size: BatchSize,
         lr: float,
         temperature: float,
-    ) -> tuple[LossStats, float]:
-        """One optimizer step on this rank's micro-batches -> (loss statistics, gradient norm). Collective.
+    ) -> tuple[LossStats, dict[str, float]]:
+        """One optimizer step on this rank's micro-batches -> (loss statistics, "grad_norm" and norms of blocks). Collective.
 
         `algorithm`: what gives the loss of action tokens; a critic's is a ValueObjective. `size`: of the whole mini-batch.
 
@@ -181,8 +182,9 @@ class MegatronModel:
         grad_norm = float(self.optimizer.get_grad_norm())  # over all ranks, so that all of them decide alike
         if not math.isfinite(grad_norm):
             raise TrainingError(f"rank {self.rank}: the gradient norm is {grad_norm}; the step was not taken")
+        norms = {"grad_norm": grad_norm, **block_norms(self)}
         self.optimizer.step()
-        return stats, grad_norm
+        return stats, norms
 
     def logprobs(
         self, samples: list[TrainSample], microbatches: list[list[int]], pixels: Pixels, temperature: float

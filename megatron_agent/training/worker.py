@@ -88,12 +88,12 @@ class Worker:
         lr: float,
         temperature: float,
     ):
-        """-> (LossStats, gradient norm); of others than reporters the vision's balance only. `plan` is indexed by
-        data-parallel rank."""
+        """-> (LossStats, gradient and weight norms); statistics of others than reporters are the vision's balance only.
+        `plan` is indexed by data-parallel rank."""
         mine = self._mine(plan)
         with self.offload.on_device("all"):
-            stats, norm = self.model.update(samples, mine, self._pixels, algorithm, size, lr, temperature)
-        return (stats if self.model.is_reporter else stats.only("vision_imbalance")), norm
+            stats, norms = self.model.update(samples, mine, self._pixels, algorithm, size, lr, temperature)
+        return (stats if self.model.is_reporter else stats.only("vision_imbalance")), norms
 
     def logprobs(self, samples: list[TrainSample], plan: list[list[list[int]]], temperature: float):
         """-> (sample index -> log-probs or values of its action tokens, LossStats) on reporters, else empty."""

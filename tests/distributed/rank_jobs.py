@@ -71,6 +71,7 @@ class Steps:
         self.plan = plan_for(self.samples, layout, budget)[self.model.at.data]
         self.size = BatchSize.of(self.samples)
         self.model.reset_optimizer(OptimizerOptions(LR, WEIGHT_DECAY, BETAS, CLIP))
+        self.of_blocks = []
 
     def take(self, count, algorithm=None):
         """-> per step (sum of the losses of this rank's tokens, their number, gradient norm); reporters only count."""
@@ -79,7 +80,9 @@ class Steps:
         taken = []
         for _ in range(count):
             algorithm = algorithm or Supervised()
-            stats, norm = self.model.update(self.samples, self.plan, pixels, algorithm, self.size, LR, 1.0)
+            stats, norms = self.model.update(self.samples, self.plan, pixels, algorithm, self.size, LR, 1.0)
+            norm = norms.pop("grad_norm")
+            self.of_blocks.append(norms)
             reports = self.model.is_reporter
             taken.append((stats.sums["loss"] if reports else 0.0, stats.num_tokens if reports else 0, norm))
         return taken
@@ -98,7 +101,10 @@ def train(path, layout, budget=BUDGET_TOKENS, temperature=1.0, count=5, recomput
         parallel_state.get_context_parallel_rank(),
     )
     ours = (steps.model.at.tensor, steps.model.at.data, steps.model.at.pipeline, steps.model.at.context)
-    return {"logprobs": logprobs, "steps": steps.take(count), "at": at, "ours": ours, "num_microbatches": len(steps.plan)}
+    return {
+        "logprobs": logprobs, "steps": steps.take(count), "of_blocks": steps.of_blocks, "at": at, "ours": ours,
+        "num_microbatches": len(steps.plan),
+    }  # fmt: skip
 
 
 def train_on_few_rows(path, layout, num_rows):

@@ -33,9 +33,9 @@ class Run:
             rows = [self.samples[i] for i in self.order[:6]]
             plan = plan_for(rows, self.model.layout, BUDGET_TOKENS)[self.model.at.data]
             lr = self.schedule.lr_at(self.step)
-            stats, norm = self.model.update(rows, plan, pixels, Supervised(), BatchSize.of(rows), lr, 1.0)
+            stats, norms = self.model.update(rows, plan, pixels, Supervised(), BatchSize.of(rows), lr, 1.0)
             reports = self.model.is_reporter
-            taken.append((stats.sums["loss"] if reports else 0.0, stats.num_tokens if reports else 0, norm))
+            taken.append((stats.sums["loss"] if reports else 0.0, stats.num_tokens if reports else 0, norms["grad_norm"]))
         return taken
 
     def state(self):

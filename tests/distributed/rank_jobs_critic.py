@@ -39,9 +39,9 @@ def values_and_steps(path, layout, count):
         sample.values_T = [0.25 if own else 0.0 for own in sample.action_mask_T]
     size, steps = BatchSize.of(samples), []
     for _ in range(count):
-        stats, norm = critic.update(samples, plan, rank_jobs.pixels, ValueObjective(clip=5.0), size, CRITIC_LR, 1.0)
+        stats, norms = critic.update(samples, plan, rank_jobs.pixels, ValueObjective(clip=5.0), size, CRITIC_LR, 1.0)
         reports = critic.is_reporter
-        steps.append((dict(stats.sums) if reports else {}, stats.num_tokens if reports else 0, norm))
+        steps.append((dict(stats.sums) if reports else {}, stats.num_tokens if reports else 0, norms["grad_norm"]))
     return at_start, values, steps
 
 

@@ -4,10 +4,13 @@ Not covered: bfloat16, GPUs, more than four ranks.
 """
 
 import functools
+import math
+import re
 
 import numpy as np
 import pytest
 import rank_jobs
+from safetensors.torch import load_file
 
 from megatron_agent.training.layout import Layout
 
@@ -84,6 +87,32 @@ def test_five_adam_steps_equal_one_rank(trained, layout):
     assert norms == pytest.approx(expected_norms, rel=1e-5)
     assert losses[4] < losses[0] - 0.2  # it learns: else equal losses say little
     assert len({step[2] for result in results for step in result["steps"][:1]}) == 1, "ranks disagree about the norm"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norms_of_blocks_are_those_of_one_rank(trained, layout):
+    """And gradients' make up the whole norm."""
+    for (*_, norm), found, expected in zip(
+        trained("tied", layout)[0]["steps"], trained("tied", layout)[0]["of_blocks"], trained("tied", "one")[0]["of_blocks"]
+    ):
+        assert found == pytest.approx(expected, rel=1e-5)
+        gradients = [value for name, value in found.items() if name.startswith("grad_norm/")]
+        assert math.hypot(*gradients) == pytest.approx(norm, rel=1e-5)
+
+
+def test_weight_norms_are_those_of_the_folder(trained, tiny_models):
+    squares = {}
+    for name, values in load_file(tiny_models["tied"] / "model.safetensors").items():
+        layer = re.search(r"\blayers\.(\d+)\.", name)  # the tower's are called blocks
+        if layer:
+            block = f"layer_{int(layer[1]):02d}"
+        else:
+            parts = {"merger": "merger", "visual": "vision", "embed_tokens": "embedding"}
+            block = next((block for part, block in parts.items() if part in name), "head")
+        squares[f"weight_norm/{block}"] = squares.get(f"weight_norm/{block}", 0.0) + float(values.double().square().sum())
+    (first, *_) = trained("tied", "one")[0]["of_blocks"]
+    found = {name: value for name, value in first.items() if name.startswith("weight_norm/")}
+    assert found == pytest.approx({name: value**0.5 for name, value in squares.items()}, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
