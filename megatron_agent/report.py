@@ -27,8 +27,9 @@ def versions() -> dict[str, str]:
 
 
 def summary(config: RunConfig, progress: Progress, metrics_path: Path) -> dict[str, object]:
-    """The numbers of the whole run. The log-prob gap is over every generated token of every step."""
-    rows = [row for row in read_metrics(metrics_path) if row.get("phase") == "train"]
+    """The numbers of the whole run. The log-prob gap is over every generated token of every step (of the current weights) and
+    every probe."""
+    rows = [row for row in read_metrics(metrics_path) if row.get("phase") in ("train", "probe")]
     before, after = (evaluated.get("heldout", {}) for evaluated in (progress.before, progress.after))
     gaps = [row["logprob_gap_mean"] for row in rows if row.get("logprob_gap_mean") is not None]
     maxima = [row["logprob_gap_max"] for row in rows if row.get("logprob_gap_max") is not None]

@@ -21,6 +21,7 @@ from megatron_agent.config import RunConfig
 from megatron_agent.errors import CheckpointError, ConfigError
 from megatron_agent.observe.boards import Boards
 from megatron_agent.observe.metrics import Timer
+from megatron_agent.probe import probe
 from megatron_agent.rollout.ahead import RolloutsAhead, from_bytes, to_bytes
 from megatron_agent.run_state import Progress, StopSignal
 from megatron_agent.stages import Stages
@@ -64,6 +65,11 @@ async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: S
                 counts = {"queue/finished": float(ahead.num_finished), "queue/under_way": float(ahead.num_under_way)}
                 metrics = await learn(parts, progress, step, groups, refused, timer, boards, counts)
                 ahead.commit()
+                if config.training.max_staleness and is_due(step, config.observe.probe_every_steps):
+                    async with parts.weights.lock:
+                        gap = await stop.or_done(probe(parts, groups), f"step {step}: probing the log-prob gap", boards)
+                    boards.log(step, gap, phase="probe")
+                    metrics |= gap  # for the alarms
                 if is_due(step, config.checkpoint.every_steps) or is_due(step, config.evaluation.every_steps):
                     queue.save(ahead, step)
                 await end_step(parts, progress, metrics, boards)

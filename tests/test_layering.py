@@ -108,6 +108,7 @@ def test_every_room_has_a_rule():
         "sft",
         "stages",
         "evaluate",
+        "probe",
         "report",
         "run_state",
         "checkpoints",

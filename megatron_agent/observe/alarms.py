@@ -6,6 +6,7 @@ while nothing is answered better), the log-prob gap what a wrong weight sync or 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ ACTIONS = ("warn", "stop", "ignore")
 DEFAULT_ACTIONS = {
     "not_finite": "stop",
     "logprob_gap": "warn",
+    "reward_collapse": "warn",
     "tool_collapse": "warn",
     "entropy_collapse": "warn",
     "repetition": "warn",
@@ -25,6 +27,7 @@ DEFAULT_ACTIONS = {
     "degenerate_groups": "warn",
 }
 WATCHED = ("loss", "grad_norm", "reward")  # must be finite
+RECENT_STEPS = 3  # a reward is as good as the mean of so many steps
 REMEMBERED = ("tool_rate", "entropy", "reward", "accuracy")
 
 
@@ -39,6 +42,8 @@ class AlarmsConfig:
     actions: dict[str, str] = field(default_factory=dict)
     window: int = 10
     repeat_steps: int = 10
+    reward_lost_fraction: float = 0.5  # of what the reward had gained, and
+    reward_lost_stds: float = 4.0  # so many standard deviations of a step's reward, below its best mean
     tool_rate_fraction: float = 0.3  # of its mean, below which tool use has collapsed
     entropy_fraction: float = 0.1  # of the entropy of the first window
     repeated_fraction: float = 0.2  # of the trajectories that end in a loop
@@ -54,11 +59,18 @@ class AlarmsConfig:
         for name in ("window", "repeat_steps"):
             if getattr(self, name) < 2:
                 raise ConfigError(f"observe.alarms.{name}={getattr(self, name)} must be 2 steps or more")
-        for name in ("tool_rate_fraction", "entropy_fraction", "repeated_fraction", "degenerate_fraction"):
+        for name in (
+            "reward_lost_fraction",
+            "tool_rate_fraction",
+            "entropy_fraction",
+            "repeated_fraction",
+            "degenerate_fraction",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"observe.alarms.{name}={getattr(self, name)} must lie between 0 and 1")
-        if self.hacking_reward_stds <= 0:
-            raise ConfigError(f"observe.alarms.hacking_reward_stds={self.hacking_reward_stds} must be above 0")
+        for name in ("hacking_reward_stds", "reward_lost_stds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"observe.alarms.{name}={getattr(self, name)} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -74,13 +86,15 @@ class Alarms:
     def __init__(self, config: AlarmsConfig, logprob_gap: float) -> None:
         self.config, self.logprob_gap = config, logprob_gap
         self._history: dict[str, list[float]] = {name: [] for name in REMEMBERED}
-        self._first_entropies: list[float] = []
+        self._first: dict[str, list[float]] = {"entropy": [], "reward": []}  # the first window of a run
+        self._best_reward: float | None = None  # the highest mean of RECENT_STEPS
         self._said: dict[str, int] = {}  # step at which an alarm that lasts was last reported
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         found = {
             "not_finite": self._not_finite(metrics),
             "logprob_gap": self._gap(metrics),
+            "reward_collapse": self._reward_collapse(metrics),
             "tool_collapse": self._tool_collapse(metrics),
             "entropy_collapse": self._entropy_collapse(metrics),
             "repetition": self._repetition(metrics),
@@ -100,12 +114,13 @@ class Alarms:
 
     def state(self) -> dict[str, Any]:
         """As JSON, for a restart."""
-        return {"history": self._history, "first_entropies": self._first_entropies, "said": self._said}
+        return {"history": self._history, "first": self._first, "best_reward": self._best_reward, "said": self._said}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         if state:
             self._history = {name: list(state["history"].get(name, [])) for name in REMEMBERED}
-            self._first_entropies, self._said = list(state["first_entropies"]), dict(state["said"])
+            self._first = {name: list(values) for name, values in state.get("first", self._first).items()}
+            self._best_reward, self._said = state.get("best_reward"), dict(state["said"])
 
     def _remember(self, metrics: Mapping[str, float]) -> None:
         for name, values in self._history.items():
@@ -113,9 +128,13 @@ class Alarms:
             if value is not None and math.isfinite(value):
                 values.append(float(value))
                 del values[: -self.config.window]
-        entropy = metrics.get("entropy")
-        if entropy is not None and math.isfinite(entropy) and len(self._first_entropies) < self.config.window:
-            self._first_entropies.append(float(entropy))
+        for name, values in self._first.items():
+            value = metrics.get(name)
+            if value is not None and math.isfinite(value) and len(values) < self.config.window:
+                values.append(float(value))
+        recent = self._history["reward"][-RECENT_STEPS:]
+        if len(recent) == RECENT_STEPS:
+            self._best_reward = max(statistics.fmean(recent), self._best_reward or -math.inf)
 
     def _usual(self, name: str) -> list[float]:
         """The last window, or nothing while it is not full."""
@@ -136,6 +155,23 @@ class Alarms:
             f"{self.logprob_gap}): the two sides do not run the same model"
         )
 
+    def _reward_collapse(self, metrics: Mapping[str, float]) -> str:
+        first, best = self._first["reward"], self._best_reward
+        recent = [*self._history["reward"][1 - RECENT_STEPS :], metrics.get("reward", math.nan)]
+        if best is None or len(first) < self.config.window or not all(map(math.isfinite, recent)):
+            return ""
+        # From step to step, so that a steady rise is no noise.
+        noise = statistics.pstdev(later - earlier for earlier, later in itertools.pairwise(first)) / math.sqrt(2)
+        gained = best - statistics.fmean(first[:RECENT_STEPS])
+        now = statistics.fmean(recent)
+        lost = max(self.config.reward_lost_fraction * gained, self.config.reward_lost_stds * noise, 1e-3)
+        if best - now <= lost:
+            return ""
+        return (
+            f"the reward fell to {now:.3g} over {RECENT_STEPS} steps, from {best:.3g}: the policy is being lost; go back to a "
+            f"checkpoint, lower training.lr, or correct for stale tokens (algorithm.importance)"
+        )
+
     def _tool_collapse(self, metrics: Mapping[str, float]) -> str:
         usual, rate = self._usual("tool_rate"), metrics.get("tool_rate")
         if not usual or rate is None or rate >= self.config.tool_rate_fraction * statistics.fmean(usual):
@@ -146,7 +182,7 @@ class Alarms:
         )
 
     def _entropy_collapse(self, metrics: Mapping[str, float]) -> str:
-        first, entropy = self._first_entropies, metrics.get("entropy")
+        first, entropy = self._first["entropy"], metrics.get("entropy")
         if entropy is None or len(first) < self.config.window:
             return ""
         start = statistics.fmean(first)

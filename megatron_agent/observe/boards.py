@@ -30,19 +30,25 @@ DISPLAYS = ("auto", "rich", "log", "none")
 
 @dataclass
 class ObserveConfig:
-    """`display`: "rich" is a live panel, "log" one line a step, "auto" the first on a terminal and the second elsewhere."""
+    """`display`: "rich" is a live panel, "log" one line a step, "auto" the first on a terminal and the second elsewhere.
+
+    `probe_every_steps`: of the overlapped loop, whose steps may hold no token of the current weights: how often a few are
+    sampled for the log-prob gap (phase "probe"); 0: never.
+    """
 
     display: str = "auto"
     tensorboard: bool = True
     wandb: bool = False
     transcripts_per_step: int = 4
+    probe_every_steps: int = 10
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
     def __post_init__(self) -> None:
         if self.display not in DISPLAYS:
             raise ConfigError(f"observe.display is {self.display!r}; allowed: {', '.join(DISPLAYS)}")
-        if self.transcripts_per_step < 0:
-            raise ConfigError(f"observe.transcripts_per_step is {self.transcripts_per_step}; it must be 0 (none) or more")
+        for name in ("transcripts_per_step", "probe_every_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"observe.{name} is {getattr(self, name)}; it must be 0 (none) or more")
 
 
 class Boards:

@@ -126,6 +126,9 @@ class LiveDisplay:
                 name = "held-out" + phase.removeprefix("eval").replace("_", " ")
                 cells = [("accuracy", percent(row.get("accuracy"))), ("tool use", percent(row.get("tool_rate")))]
                 cells.append(("IoU", number(row.get("iou"))))
+            elif phase == "probe":
+                gap = (row.get("logprob_gap_mean"), row.get("logprob_gap_max"))
+                name, cells = phase, [("log-prob gap", small(gap[0])), ("max", small(gap[1])), ("", "")]
             else:
                 name, cells = phase, [("loss", small(row.get("loss"))), ("accuracy", percent(row.get("accuracy"))), ("", "")]
             values = [Text.assemble((f"{label} ", "dim"), value) for label, value in cells]

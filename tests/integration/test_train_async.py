@@ -26,7 +26,7 @@ def train_rows(folder):
 
 
 def test_rollouts_run_ahead_and_a_restart_keeps_them(overrides, tmp_path):
-    overrides += [*QUICK, "training.max_staleness=2", "checkpoint.every_steps=1"]
+    overrides += [*QUICK, "training.max_staleness=2", "checkpoint.every_steps=1", "observe.probe_every_steps=2"]
     run("train_async", [*overrides, "training.num_steps=5", "checkpoint.keep=0"])
     folder = tmp_path / "run"
     rows = train_rows(folder)
@@ -34,6 +34,8 @@ def test_rollouts_run_ahead_and_a_restart_keeps_them(overrides, tmp_path):
     assert rows[0]["staleness_max"] == 0 and max(row["staleness_max"] for row in rows) in (1, 2)
     assert rows[0]["logprob_gap_mean"] <= 1e-5  # of tokens of the current weights; there may be none later
     assert all(row.get("logprob_gap_mean", 0.0) <= 1e-5 for row in rows) and "logprob_drift_mean" in rows[-1]
+    probes = [row for row in read_metrics(folder / "metrics.jsonl") if row["phase"] == "probe"]
+    assert [row["step"] for row in probes] == [2, 4] and all(0 < row["logprob_gap_max"] <= 1e-4 for row in probes)
     assert rows[-1]["queue/finished"] + rows[-1]["queue/under_way"] == 0  # nothing was generated for no step
     for name in ("step_00000004", "step_00000005"):  # as if killed after step 3
         (folder / "checkpoints" / name).rename(tmp_path / name)

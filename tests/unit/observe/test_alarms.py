@@ -15,6 +15,7 @@ HEALTHY = {
 BROKEN = {
     "not_finite": {"loss": math.nan},
     "logprob_gap": {"logprob_gap_mean": 0.2},
+    "reward_collapse": {"reward": -1.0},
     "tool_collapse": {"tool_rate": 0.2},
     "entropy_collapse": {"entropy": 0.05},
     "repetition": {"repeated_fraction": 0.5},
@@ -45,21 +46,34 @@ def test_an_alarm_begins_and_is_repeated_only_now_and_then(name):
         return
     said = [step for step in range(12, 33) if alarms.check(step, HEALTHY | BROKEN[name])]
     assert said == [21, 31]
+    if name == "reward_collapse":  # over once the last three steps are well
+        return
     assert alarms.check(33, HEALTHY) == []
     assert alarms.check(34, HEALTHY | BROKEN[name])  # it is over, and begins again
 
 
-@pytest.mark.parametrize("name", ["tool_collapse", "entropy_collapse", "judge_hacking"])
+@pytest.mark.parametrize("name", ["reward_collapse", "tool_collapse", "entropy_collapse", "judge_hacking"])
 def test_a_change_needs_a_full_window_to_be_one(name):
     assert after(9).check(10, HEALTHY | BROKEN[name]) == []
 
 
 def test_what_is_not_one():
     assert after(10).check(11, HEALTHY | {"reward": 1.5, "accuracy": 0.9}) == []  # it answers better
-    assert after(10).check(11, HEALTHY | {"reward": 0.2}) == []  # a fall
+    assert after(10).check(11, HEALTHY | {"reward": 0.95}) == []  # within the noise of three steps
     assert after(10).check(11, HEALTHY | {"tool_rate": 0.5}) == []
     assert after(10).check(11, {}) == []  # a step without anything to learn from
     assert after(10, logprob_gap=0.3).check(11, HEALTHY | BROKEN["logprob_gap"]) == []
+
+
+def test_a_reward_that_was_gained_and_is_lost():
+    """The curve of the quickstart's overlapped run without a correction; and the same rise without the fall."""
+    rise = [0.28, 0.3, 0.35, 0.33, 0.4, 0.5, 0.55, 0.65, 0.7, 0.78, 0.84, 0.86, 0.9, 0.91]
+    alarms = Alarms(AlarmsConfig(), 0.05)
+    for step, reward in enumerate([*rise, 0.9, 0.84, 0.8], start=1):
+        assert alarms.check(step, HEALTHY | {"reward": reward, "accuracy": reward}) == []
+    fall = [0.7, 0.6, 0.45, 0.3, 0.17]
+    said = [a.name for s, r in enumerate(fall, start=18) for a in alarms.check(s, HEALTHY | {"reward": r, "accuracy": r})]
+    assert said == ["reward_collapse"]
 
 
 def test_actions_are_configured():
