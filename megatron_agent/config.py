@@ -175,16 +175,12 @@ def check_sampling(rollout: RolloutConfig) -> None:
         rollout.temperature > 0,
         "rollout.temperature=0 makes all rollouts of a task alike: nothing can be learned; give a value above 0",
     )
-    require(
-        rollout.top_p == 1 and rollout.top_k == 0,
-        f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: the trainer's log-probs are of the full "
-        f"distribution; training needs top_p=1 and top_k=0",
-    )
+    common = {name: getattr(rollout, name) for name in ("temperature", "top_p", "top_k")}
     for name, env in rollout.per_env.items():
         require(
-            env.temperature in (None, rollout.temperature) and env.top_p in (None, 1) and env.top_k in (None, 0),
-            f"rollout.per_env.{name}: the trainer takes log-probs of all rows at rollout.temperature={rollout.temperature} and "
-            f"of the full distribution; training needs the same here",
+            all(getattr(env, option) in (None, value) for option, value in common.items()),
+            f"rollout.per_env.{name}: the trainer takes the log-probs of all rows under rollout's {common}; training needs the "
+            f"same here",
         )
 
 

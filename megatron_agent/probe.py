@@ -31,7 +31,8 @@ async def probe(parts: Stages, groups: Sequence[TrajectoryGroup]) -> dict[str, f
     async def go_on(index: int, trajectory: Trajectory) -> Trajectory:
         row = trajectory.token_ids
         room = min(NUM_TOKENS, config.max_model_len - len(row))
-        sampling = Sampling(config.temperature, max_tokens=room, banned_token_ids=parts.actor.banned_token_ids)
+        support = parts.actor.support
+        sampling = Sampling(config.temperature, support.top_p, support.top_k, room, banned_token_ids=support.banned_token_ids)
         made = await parts.rollouts.pool.generate(f"probe {parts.weight_version}/{index}", row, trajectory.images, sampling)
         forbidden = parts.rollouts.renderer.forbidden_ids  # a row with a picture's placeholder and no picture has no positions
         made = made.first(next((i for i, token in enumerate(made.token_ids) if token in forbidden), len(made.token_ids)))

@@ -28,7 +28,7 @@ from megatron_agent.training.checkpoint import weight_files
 from megatron_agent.training.critic import Critic
 from megatron_agent.training.learner import Learner
 from megatron_agent.training.samples import scored_samples
-from megatron_agent.types import Task, TrajectoryGroup
+from megatron_agent.types import ALL_TOKENS, Support, Task, TrajectoryGroup
 
 log = logging.getLogger("megatron_agent")
 MIN_ANSWER_TOKENS = 16  # a prompt that leaves less room than this cannot be answered
@@ -161,14 +161,12 @@ class Stages:
         return [replace(group, greedy=one) for group, one in zip(groups, greedy, strict=True)]
 
 
-def make_learner(
-    config: RunConfig, store: ImageStore, banned_token_ids: tuple[int, ...] = (), with_training: bool = True
-) -> Learner:
+def make_learner(config: RunConfig, store: ImageStore, support: Support = ALL_TOKENS, with_training: bool = True) -> Learner:
     """The policy's ranks and, where training needs them, a critic's and a teacher's; not set up yet."""
     training = config.training
     algorithm = registry.resolve("algorithms", config.algorithm_name)(config.algorithm)
     workers = cluster.start_workers(config, store)
-    learner = Learner(Actor(workers, training, banned_token_ids=banned_token_ids), algorithm)
+    learner = Learner(Actor(workers, training, support=support), algorithm)
     if not with_training:
         return learner
     if algorithm.needs_critic:
@@ -177,7 +175,7 @@ def make_learner(
         its_training = replace(training, stage_layers=[])
         its_training.layout = family.balanced(its_training.layout)
         workers = cluster.start_workers(config, store, its_training.layout)
-        learner.teacher = Actor(workers, its_training, "all", banned_token_ids)
+        learner.teacher = Actor(workers, its_training, "all", support)
     return learner
 
 
@@ -203,8 +201,9 @@ def start(config: RunConfig, family: ModelFamily, data: Data, store: ImageStore)
     """
     renderer = family.renderer(config.agent.vl_model_path or config.model.path)
     banned = tuple(sorted(renderer.reserved_ids)) if config.rollout.ban_special_tokens else ()
+    support = Support(banned, config.rollout.top_k, config.rollout.top_p)
     store = cluster.serve_pictures(store)
-    learner = make_learner(config, store, banned, with_training=data.train is not None)
+    learner = make_learner(config, store, support, with_training=data.train is not None)
     restart = functools.partial(cluster.start_engine, config, store)
     pool = EnginePool(cluster.start_engines(config, store), restart, config.rollout.max_restarts)
     reward = registry.resolve("rewards", config.reward_name)(config.reward)

@@ -223,6 +223,26 @@ class TrainSample:
         return replace(self, advantages_T=advantages_T)
 
 
+@dataclass(frozen=True)
+class Support:
+    """Which tokens sampling chooses among, after temperature: log-probs and entropy are of the distribution over them.
+
+    As vLLM: of the `top_k` largest (0: of all) the fewest that hold `top_p` of the probability. A banned token's logit is
+    lowered by BANNED_LOGIT_BIAS.
+    """
+
+    banned_token_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def is_cut(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
+
+
+ALL_TOKENS = Support()
+
+
 @dataclass
 class MicroBatch:
     """Packed rows (THD): the tokens of several samples back to back; `cu_seqlens` bounds them.
@@ -251,7 +271,7 @@ class MicroBatch:
     reference: ReferenceHead | None = None  # for the divergence over the whole vocabulary
     wants_hidden: bool = False  # the last stage gives the targets' hidden states [R, h] in place of log-probs
     temperature: float = 1.0  # at which the targets were sampled: log-probs are of that distribution
-    banned_token_ids: tuple[int, ...] = ()  # under the ban of these (BANNED_LOGIT_BIAS)
+    support: Support = ALL_TOKENS
 
     @property
     def num_tokens(self) -> int:

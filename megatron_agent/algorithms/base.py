@@ -23,6 +23,7 @@ class Algorithm(ABC):
 
     needs_critic: ClassVar[bool] = False  # `values_T` of every sample; config.critic holds CriticOptions
     needs_greedy: ClassVar[bool] = False  # `baseline_reward`: one more trajectory of every task, at temperature 0
+    on_samples: ClassVar[bool] = True  # log-probs are of what sampling chooses among (types.Support), not of all tokens
     max_sampling_rounds: int = 1  # how often new tasks replace groups that `keep_group` refused
     aggregation: str = "token-mean"  # options.AGGREGATIONS
     fixed_length_tokens: int = 0

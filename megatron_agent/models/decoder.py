@@ -155,7 +155,7 @@ class DecoderStage(MegatronModule):
         if batch.wants_hidden:
             return hidden_Rh
         group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
-        shard = VocabularyShard(self.options.vocab_size, rank, group, banned_token_ids=batch.banned_token_ids)
+        shard = VocabularyShard(self.options.vocab_size, rank, group, support=batch.support)
         weight = self.output_weight()
         found = [*target_logprobs(hidden_Rh, weight, batch.target_ids_R, shard, batch.temperature)]
         if batch.reference is not None:

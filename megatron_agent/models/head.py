@@ -12,32 +12,75 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_agent.types import BANNED_LOGIT_BIAS, ReferenceHead
+from megatron_agent.types import ALL_TOKENS, BANNED_LOGIT_BIAS, ReferenceHead, Support
 
 CHUNK_BYTES = 256 << 20  # of fp32 logits at a time
+NOTHING = -1e30  # logit of no probability; finite: 0 * -inf would be NaN in the entropy
+CANDIDATES = 1024  # largest logits of a rank among which the edge of top-p is looked for first
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
     """Which columns of the vocabulary this rank's `weight` [V_padded / tp, h] holds; padding takes no probability, and
-    `banned_token_ids` what sampling leaves them."""
+    what is outside of `support` what sampling leaves it."""
 
     vocab_size: int
     rank: int
     group: dist.ProcessGroup
     chunk_bytes: int = CHUNK_BYTES
-    banned_token_ids: tuple[int, ...] = ()
+    support: Support = ALL_TOKENS
 
     def logits(self, hidden_Ch: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
         """fp32 [C, V_padded / tp], divided by the sampling temperature."""
         logits, first = (hidden_Ch @ weight.t()).float(), self.rank * len(weight)
-        if banned := [token_id - first for token_id in self.banned_token_ids if first <= token_id < first + len(weight)]:
+        banned = [token_id - first for token_id in self.support.banned_token_ids]
+        if banned := [column for column in banned if 0 <= column < len(weight)]:
             logits[:, banned] += BANNED_LOGIT_BIAS
         logits.div_(temperature)
         first_padding = self.vocab_size - first
         if first_padding < len(weight):
-            logits[:, max(0, first_padding) :] = -1e30  # finite: 0 * -inf would be NaN in the entropy
+            logits[:, max(0, first_padding) :] = NOTHING
         return logits
+
+    def cut(self, logits_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        """In place: what `support` leaves out of top-k and top-p takes no probability.
+
+        A target keeps its own: it was sampled, and at the edge the engine's rounding decides. Logits that equal the last one
+        within stay within (vLLM: all of them for top-k, some for top-p).
+        """
+        if self.support.is_cut:
+            local, inside = self.own(targets_C, logits_CV.shape[1])
+            chosen = logits_CV.gather(1, local[:, None])
+            logits_CV.masked_fill_(logits_CV < self._floor(logits_CV)[:, None], NOTHING)
+            cut = logits_CV.gather(1, local[:, None])
+            logits_CV.scatter_(1, local[:, None], torch.where(inside[:, None], chosen, cut))
+        return logits_CV
+
+    def _floor(self, logits_CV: torch.Tensor) -> torch.Tensor:
+        """The least logit within top-k and top-p, [C]."""
+        top_k, top_p = self.support.top_k, self.support.top_p
+        found = self._largest(logits_CV, min(top_k or CANDIDATES, logits_CV.shape[1]))
+        if top_k:
+            found = found[:, :top_k]
+            if top_p == 1:
+                return found[:, -1]
+        normaliser = found.logsumexp(-1) if top_k else _normaliser(logits_CV, self)
+        held = (found - normaliser[:, None]).exp_().cumsum(-1)
+        num_columns = logits_CV.shape[1] * dist.get_world_size(self.group)
+        if not top_k and found.shape[1] < num_columns and bool((held[:, -1] < top_p).any()):
+            # Flat distributions: among all, a few rows at a time, since every rank gets all columns.
+            parts = logits_CV.split(max(1, len(logits_CV) // dist.get_world_size(self.group)))
+            found = torch.cat([self._largest(part, part.shape[1]) for part in parts])
+            held = (found - normaliser[:, None]).exp_().cumsum(-1)
+        last = (held[:, :-1] < top_p).sum(-1, keepdim=True)  # the first is always within
+        return found.gather(1, last)[:, 0]
+
+    def _largest(self, logits_CV: torch.Tensor, count: int) -> torch.Tensor:
+        """`count` of every rank, in falling order, the same on all [C, ranks * count]."""
+        own = logits_CV.topk(count).values
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, own, group=self.group)
+        return torch.cat(parts, dim=-1).sort(dim=-1, descending=True).values
 
     def chunks(self, num_rows: int, num_columns: int) -> Iterator[slice]:
         size = max(1, self.chunk_bytes // (4 * num_columns))
@@ -55,7 +98,7 @@ class _TargetLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, shard: VocabularyShard, temperature: float):
         rows = [
-            _forward_chunk(shard.logits(hidden[part], weight, temperature), targets[part], shard)
+            _forward_chunk(shard.cut(shard.logits(hidden[part], weight, temperature), targets[part]), targets[part], shard)
             for part in shard.chunks(len(hidden), len(weight))
         ]
         empty = hidden.new_zeros(3, 0, dtype=torch.float32)
@@ -71,7 +114,7 @@ class _TargetLogProbs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for part in shard.chunks(len(hidden), len(weight)):
-            logits = shard.logits(hidden[part], weight, ctx.temperature)
+            logits = shard.cut(shard.logits(hidden[part], weight, ctx.temperature), targets[part])
             by_logprob, by_entropy = grad_logprob[part, None], grad_entropy[part, None]
             probability = (logits - normaliser[part, None]).exp_()
             # d entropy / d logit_j = p_j (mean logit - logit_j); d log-prob / d logit_j = [j is the target] - p_j

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_agent.errors import ConfigError, TrainingError, cause_of
 from megatron_agent.training.layout import Layout
 from megatron_agent.training.options import ModelOptions, OptimizerOptions
-from megatron_agent.types import BatchSize, ShardCopy, SyncRound, TrainSample
+from megatron_agent.types import ALL_TOKENS, BatchSize, ShardCopy, Support, SyncRound, TrainSample
 
 if TYPE_CHECKING:
     from megatron_agent.algorithms.base import Algorithm
@@ -114,23 +114,21 @@ class Actor:
     """Handles of the ranks' Ray actors, in rank order. Every method is a collective over all of them.
 
     waits for: all ranks; the first that fails fails the call, and the others may hang in a collective: the caller stops
-    the run. Raises TrainingError naming the rank. Log-probs are taken as if `banned_token_ids` were banned, as in sampling.
+    the run. Raises TrainingError naming the rank. Log-probs are those of sampling from `support`.
     """
 
     head = "policy"
 
-    def __init__(
-        self, workers: Sequence[Any], config: TrainingConfig, frozen: str = "", banned_token_ids: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, workers: Sequence[Any], config: TrainingConfig, frozen: str = "", support: Support = ALL_TOKENS) -> None:
         """`frozen` in place of `config.frozen`: "all" for a model that is only asked for log-probs."""
         self.workers, self.config, self.layout = list(workers), config, config.layout
-        self.frozen, self.banned_token_ids = frozen, banned_token_ids
+        self.frozen, self.support = frozen, support
 
     async def set_up(self, family: str, model_path: str, seed: int, vision: VisionSection) -> None:
         address = await self.workers[0].address.remote()
         frozen = self.frozen or self.config.frozen
         options = ModelOptions(
-            self.config.dtype, seed, self.config.recompute, self.head, frozen, vision.replicate, self.banned_token_ids
+            self.config.dtype, seed, self.config.recompute, self.head, frozen, vision.replicate, self.support
         )
         self.vision_lr_scale = vision.lr / self.config.lr if vision.lr else 1.0
         await self._all("set_up", address, family, model_path, options, self.config.offload)

@@ -6,7 +6,7 @@ A value is the estimate at the token before an action: what the policy knew when
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_agent.errors import ConfigError
 from megatron_agent.training.actor import Actor
@@ -24,6 +24,7 @@ class ValueObjective:
     (0: no clipping), as in the PPO of OpenAI baselines (ppo2/model.py)."""
 
     clip: float = 0.2
+    on_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.clip < 0:

@@ -57,6 +57,8 @@ class PolicyOutput(NamedTuple):
 class Supervised(Algorithm):
     """Cross-entropy on the action tokens: what the warm start minimises."""
 
+    on_samples = False
+
     def advantages(self, samples):
         return [[float(own) for own in sample.action_mask_T] for sample in samples]
 

@@ -47,7 +47,7 @@ class MegatronModel:
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         self.family, self.layout, self.head, self.temperature = family, layout, options.head, 1.0
-        self.rank, self.seed, self.banned_token_ids = dist.get_rank(), options.seed, options.banned_token_ids
+        self.rank, self.seed, self.support, self.own_support = dist.get_rank(), options.seed, options.support, options.support
         parallel_state.initialize_model_parallel(
             layout.tensor_parallel,
             layout.pipeline_parallel,
@@ -164,6 +164,7 @@ class MegatronModel:
         """
         check_on_device(self, "all")
         self.temperature = temperature
+        self.support = self.own_support if algorithm.on_samples else replace(self.own_support, top_k=0, top_p=1.0)
         for chunk in self.ddp:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -192,7 +193,7 @@ class MegatronModel:
         """Sample index -> log-probs of its action tokens under the current weights, or a critic's values of them (empty
         but on reporters)."""
         check_on_device(self, "parameters")
-        self.temperature = temperature
+        self.temperature, self.support = temperature, self.own_support
         for chunk in self.ddp:
             chunk.eval()
         stats = LossStats()
@@ -278,7 +279,7 @@ class MegatronModel:
                     replace(
                         batch,
                         temperature=self.temperature,
-                        banned_token_ids=self.banned_token_ids,
+                        support=self.support,
                         reference=head,
                         wants_hidden=wants_hidden,
                     )

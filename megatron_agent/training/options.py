@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_agent.types import ALL_TOKENS, Support
+
 
 @dataclass(frozen=True)
 class ModelOptions:
     """`recompute`: "none", "selective", "full". `head`: "policy", or "value" for a critic. `frozen`: "", "vision" or
     "language" (embedding, layers and vocabulary head), which then gets no gradient; "all" for a model that is only asked.
-    `replicate_vision`: every tensor and context rank encodes all pictures. Log-probs are taken as if `banned_token_ids` were
-    banned, as in sampling.
+    `replicate_vision`: every tensor and context rank encodes all pictures. Log-probs are those of
+    sampling from `support`; an algorithm that learns from no samples (Algorithm.on_samples) gets them of all tokens.
     """
 
     dtype: str
@@ -19,7 +21,7 @@ class ModelOptions:
     head: str = "policy"
     frozen: str = ""
     replicate_vision: bool = False
-    banned_token_ids: tuple[int, ...] = ()
+    support: Support = ALL_TOKENS
 
 
 @dataclass(frozen=True)

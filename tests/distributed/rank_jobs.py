@@ -71,13 +71,12 @@ class Steps:
         self.plan = plan_for(self.samples, layout, budget)[self.model.at.data]
         self.size = BatchSize.of(self.samples)
         self.model.reset_optimizer(OptimizerOptions(LR, WEIGHT_DECAY, BETAS, CLIP))
-        self.of_blocks = []
 
     def take(self, count, algorithm=None):
         """-> per step (sum of the losses of this rank's tokens, their number, gradient norm); reporters only count."""
         from megatron_agent.training.loss import Supervised
 
-        taken = []
+        taken, self.of_blocks = [], []
         for _ in range(count):
             algorithm = algorithm or Supervised()
             stats, norms = self.model.update(self.samples, self.plan, pixels, algorithm, self.size, LR, 1.0)

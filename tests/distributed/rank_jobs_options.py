@@ -22,6 +22,19 @@ def steps_with(path, layout, count=3, vision_lr_scale=1.0, weight_decay=0.0, **o
     return taken, changes, stats.only("vision_imbalance").maxima
 
 
+def logprobs_of(path, layout, support):
+    """-> log-probs of the rows, log-probs' entropy in a step that changes nothing, of GRPO and of cross-entropy."""
+    from megatron_agent.algorithms.grpo import GRPO
+
+    model = rank_jobs.make_model(path, layout, support=support)
+    samples = rank_jobs.make_samples(model.family)
+    plan = rank_jobs.plan_for(samples, layout, rank_jobs.BUDGET_TOKENS)[model.at.data]
+    arguments = (samples, plan, rank_jobs.pixels)
+    logprobs, _ = model.logprobs(*arguments, 1.0)
+    steps = [model.update(*arguments, a, BatchSize.of(samples), 0.0, 1.0)[0] for a in (GRPO(), Supervised())]
+    return logprobs, [stats.sums.get("entropy", 0.0) for stats in steps]
+
+
 def dtypes(path, layout):
     """-> dtypes of parameters, gradients, master weights and moments of a bfloat16 model after a step."""
     import torch

@@ -47,6 +47,8 @@ def train_rows(folder):
 LAYOUTS = {
     "tensor": [
         "rollout.ban_special_tokens=true",  # of a vocabulary that is split over the ranks
+        "rollout.top_k=200",
+        "rollout.top_p=0.98",
         "algorithm.name=ppo",
         "algorithm.critic={lr: 1.0e-3}",
         "training.offload=all",

@@ -136,8 +136,6 @@ def test_the_base_of_the_next_test_is_valid():
         ),
         ({**changed(), "agent": {"single_response_max_tokens": 256}}, r"single_response_max_tokens=256 must be below"),
         (changed(rollout={"temperature": 0}), r"rollout\.temperature=0 makes all rollouts of a task alike"),
-        (changed(rollout={"top_p": 0.9}), r"top_p=0\.9, rollout\.top_k=0: the trainer's log-probs are of the full"),
-        (changed(rollout={"top_k": 20}), r"top_p=1\.0, rollout\.top_k=20: the trainer's log-probs are of the full"),
         (changed(rollout={"per_env": {"visual_toolbox_v2": {"top_k": 5}}}), r"per_env\.visual_toolbox_v2: the trainer takes"),
         (changed(rollout={"per_env": {"visual_toolbax": {"stop": ["a"]}}}), r"'visual_toolbax'.*visual_toolbox_v2"),
         (changed(rollout={"per_env": {"visual_toolbox_v2": {"max_turns": 0}}}), r"max_turns=0 must be 1 or more"),

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_agent.models.head import ValueHead, VocabularyShard, divergence, target_logprobs
-from megatron_agent.types import ReferenceHead
+from megatron_agent.types import ReferenceHead, Support
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_banned_tokens_are_as_good_as_not_there(group, rows):
     hidden, weight, targets = rows
     banned = (2, 7, 25)
     ours, theirs = (weight.clone().requires_grad_() for _ in range(2))
-    shard = VocabularyShard(24, 0, group, banned_token_ids=banned)
+    shard = VocabularyShard(24, 0, group, support=Support(banned))
     logprobs, entropy = target_logprobs(hidden, ours, targets, shard, 0.7)
     logits = hidden @ theirs.t() / 0.7
     logits = logits.index_fill(1, torch.tensor(banned[:2]), -torch.inf)
@@ -67,6 +67,45 @@ def test_banned_tokens_are_as_good_as_not_there(group, rows):
     chosen.sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
     assert ours.grad[[2, 7]].abs().max() < 1e-20 and ours.grad.abs().max() > 0.1
+
+
+def kept_by_vllm(logits, top_k, top_p):
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    k = torch.full((len(logits),), min(top_k or logits.shape[1], logits.shape[1]))
+    return apply_top_k_top_p_pytorch(logits.clone(), k, torch.full((len(logits),), top_p))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (5, 1.0), (100, 1.0), (0, 0.9), (0, 0.3), (0, 1e-6), (7, 0.8), (3, 0.99)]
+)
+@pytest.mark.parametrize("candidates", [2, 1024])  # 2: most rows need more to find the edge of top-p
+def test_top_k_and_top_p_are_vllms(group, monkeypatch, top_k, top_p, candidates):
+    """Values, entropy and gradients, for targets that may be sampled; a target outside keeps its own logit."""
+    monkeypatch.setattr("megatron_agent.models.head.CANDIDATES", candidates)
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(40, 5), torch.randn(24, 5)
+    shard = VocabularyShard(20, 0, group, 7 * 24 * 4, Support((3,), top_k, top_p))
+    ours, theirs = (weight.clone().requires_grad_() for _ in range(2))
+    logits = (hidden @ theirs.t())[:, :20].index_fill(1, torch.tensor([3]), -1e9) / 0.7
+    kept = torch.where(kept_by_vllm(logits.detach(), top_k, top_p).isfinite(), logits, -1e30)
+    targets = torch.distributions.Categorical(logits=kept.detach()).sample()
+    logprobs, entropy = target_logprobs(hidden, ours, targets, shard, 0.7)
+    expected = torch.distributions.Categorical(logits=kept)
+    chosen = kept.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, chosen, rtol=0, atol=3e-6)
+    torch.testing.assert_close(entropy, expected.entropy(), rtol=0, atol=3e-6)
+    (logprobs.sum() + entropy.sum()).backward()
+    probability = kept.softmax(-1)
+    (chosen.sum() - (probability * kept.log_softmax(-1)).sum()).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    outside = kept.detach().index_fill(1, torch.tensor([3]), 0.0).argmin(-1)
+    is_cut = kept.detach().gather(1, outside[:, None])[:, 0] == -1e30
+    assert is_cut.any() or top_k == 100
+    found, _ = target_logprobs(hidden, weight, outside, shard, 0.7)
+    own = logits.detach().gather(1, outside[:, None])[:, 0]
+    with_it = own - torch.logaddexp(kept.detach().logsumexp(-1), own)
+    torch.testing.assert_close(found[is_cut], with_it[is_cut], rtol=1e-6, atol=3e-6)
 
 
 def test_never_more_than_a_chunk_of_logits(group):
