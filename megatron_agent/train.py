@@ -20,7 +20,9 @@ from megatron_agent.models.base import ModelFamily
 from megatron_agent.observe.boards import Boards
 from megatron_agent.observe.metrics import Timer
 from megatron_agent.observe.transcripts import rewind_transcripts, write_transcript
+from megatron_agent.queue_file import QueueFile
 from megatron_agent.report import write_report
+from megatron_agent.rollout.ahead import Snapshot, Start
 from megatron_agent.rollout.collect import rollout_metrics
 from megatron_agent.run_state import Progress, StopSignal, keep_old_run
 from megatron_agent.sft import warm_start
@@ -104,15 +106,31 @@ def is_due(step: int, every_steps: int) -> bool:
 
 
 async def steps_in_turn(parts: Stages, progress: Progress, boards: Boards, stop: StopSignal) -> None:
-    """Rollouts, then the update, then the weights, until `training.num_steps` are done."""
-    for step in range(progress.step + 1, parts.config.training.num_steps + 1):
-        with progress.timed("seconds_train"):
-            timer = Timer()
-            with timer.phase("rollout"):
-                groups, refused = await stop.or_done(parts.sample_groups(step), f"step {step}: rollouts", boards)
-            metrics = await learn(parts, progress, step, groups, refused, timer, boards)
-            await end_step(parts, progress, metrics, boards)
-        await evaluate_between(parts, progress, boards, stop)
+    """Rollouts, then the update, then the weights, until `training.num_steps` are done.
+
+    What `rollout.carry_over` left under way is kept beside every checkpoint, as it was at the end of the step.
+    """
+    queue = QueueFile(parts)
+    carried: Snapshot | None = None
+    if parts.config.rollout.carry_over and (carried := queue.load(progress.step)) is not None:
+        for start, group in carried.unfinished:
+            parts.rollouts.go_on(group, start.step)
+    try:
+        for step in range(progress.step + 1, parts.config.training.num_steps + 1):
+            with progress.timed("seconds_train"):
+                timer = Timer()
+                with timer.phase("rollout"):
+                    groups, refused = await stop.or_done(parts.sample_groups(step), f"step {step}: rollouts", boards)
+                metrics = await learn(parts, progress, step, groups, refused, timer, boards)
+                if parts.config.rollout.carry_over:
+                    carried = Snapshot(step, 0, [], [(Start(step, step), g) for g in parts.rollouts.unfinished().values()])
+                    if is_due(step, parts.config.checkpoint.every_steps) or is_due(step, parts.config.evaluation.every_steps):
+                        queue.save(carried, progress.stream)
+                await end_step(parts, progress, metrics, boards)
+            await evaluate_between(parts, progress, boards, stop)
+    finally:
+        if carried is not None and carried.updates == progress.step:
+            queue.save(carried, progress.stream)
 
 
 async def end_step(parts: Stages, progress: Progress, metrics: dict[str, float], boards: Boards) -> None:

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
-import zlib
-from pathlib import Path
 
 from megatron_agent.algorithms.options import Options
 from megatron_agent.config import RunConfig
-from megatron_agent.errors import CheckpointError, ConfigError
+from megatron_agent.errors import ConfigError
 from megatron_agent.observe.boards import Boards
 from megatron_agent.observe.metrics import Timer
 from megatron_agent.probe import probe
-from megatron_agent.rollout.ahead import RolloutsAhead, from_bytes, to_bytes
+from megatron_agent.queue_file import QueueFile
+from megatron_agent.rollout.ahead import RolloutsAhead
 from megatron_agent.run_state import Progress, StopSignal
 from megatron_agent.stages import Stages
 from megatron_agent.train import end_step, evaluate_between, is_due, learn, train
-from megatron_agent.training.checkpoint import complete_checkpoints, step_folder
 from megatron_agent.training.samples import scored_samples
 
 log = logging.getLogger("megatron_agent")
@@ -53,7 +50,10 @@ async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: S
     """waits for: enough groups (RolloutsAhead.take), then the update and the sync, beside which rollouts go on; evaluations and
     checkpoints hold up neither. However it ends, the queue is kept with the last finished step."""
     config, ahead, queue = parts.config, make_queue(parts, progress), QueueFile(parts)
-    queue.load(ahead, progress.step)
+    stream = parts.data.train
+    assert stream is not None
+    if (snapshot := queue.load(progress.step)) is not None:
+        ahead.restore(snapshot)
     try:
         for step in range(progress.step + 1, config.training.num_steps + 1):
             with progress.timed("seconds_train"):
@@ -71,11 +71,12 @@ async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: S
                     boards.log(step, gap, phase="probe")
                     metrics |= gap  # for the alarms
                 if is_due(step, config.checkpoint.every_steps) or is_due(step, config.evaluation.every_steps):
-                    queue.save(ahead, step)
+                    queue.save(ahead.snapshot(), stream.state())
                 await end_step(parts, progress, metrics, boards)
             await evaluate_between(parts, progress, boards, stop)
     finally:
-        queue.save(ahead, progress.step)
+        if ahead.updates == progress.step:  # else the update of a step was cut
+            queue.save(ahead.snapshot(), stream.state())
         await ahead.close()
 
 
@@ -92,48 +93,6 @@ def make_queue(parts: Stages, progress: Progress) -> RolloutsAhead:
         parts.algorithm.max_sampling_rounds,
         updates=progress.step,
     )
-
-
-class QueueFile:
-    """Where a run keeps what is generated and not trained: `ahead/step_<n>`, beside the checkpoint of step n, with the data
-    order. Written aside and renamed; starts with a crc32 of the rest."""
-
-    def __init__(self, parts: Stages) -> None:
-        self._parts, self._folder = parts, parts.config.folder / "ahead"
-        self._checkpoints = parts.config.folder / "checkpoints"
-
-    def save(self, ahead: RolloutsAhead, step: int) -> None:
-        """Of the last finished step; files of steps that can no longer be resumed go."""
-        if self._parts.data.train is None or ahead.updates != step:
-            return
-        body = to_bytes(ahead.snapshot(), dict(self._parts.data.train.state()))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        aside = self._folder / ".partial"
-        with open(aside, "wb") as file:
-            file.write(f"{zlib.crc32(body):08x}".encode() + body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self._file(step))
-        oldest = next(iter(complete_checkpoints(self._checkpoints)), self._file(step)).name
-        for old in self._folder.glob("step_*"):
-            if old.name < oldest:
-                old.unlink()
-
-    def load(self, ahead: RolloutsAhead, step: int) -> None:
-        """Into a new queue, where there is a file. Raises CheckpointError when it is not what was written."""
-        file = self._file(step)
-        if not file.is_file():
-            return
-        data = file.read_bytes()
-        if data[:8] != f"{zlib.crc32(data[8:]):08x}".encode():
-            raise CheckpointError(f"{file}: damaged; remove it to generate again what it held")
-        snapshot, stream = from_bytes(data[8:])
-        assert self._parts.data.train is not None
-        self._parts.data.train.load_state(stream)
-        ahead.restore(snapshot)
-
-    def _file(self, step: int) -> Path:
-        return self._folder / step_folder(self._checkpoints, step).name
 
 
 def main(arguments: list[str]) -> int:

@@ -109,6 +109,7 @@ def test_every_room_has_a_rule():
         "stages",
         "evaluate",
         "probe",
+        "queue_file",
         "report",
         "run_state",
         "checkpoints",

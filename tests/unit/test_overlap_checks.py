@@ -1,15 +1,20 @@
-"""What the overlapped loop asks of a configuration, and the file in which it keeps its queue; the rest is in
+"""What the overlapped loop asks of a configuration, and the file in which a loop keeps its queue; the rest is in
 tests/integration/test_train_async.py."""
 
+import asyncio
 import logging
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_agent.config import parse
-from megatron_agent.errors import CheckpointError, ConfigError
-from megatron_agent.rollout.ahead import RolloutsAhead, Snapshot, Start
-from megatron_agent.train_async import QueueFile, check_overlap
+from megatron_agent.errors import CheckpointError, ConfigError, StopRequested
+from megatron_agent.queue_file import QueueFile
+from megatron_agent.rollout.ahead import Snapshot, Start
+from megatron_agent.rollout.collect import Unfinished
+from megatron_agent.run_state import Progress
+from megatron_agent.train import steps_in_turn
+from megatron_agent.train_async import check_overlap
 from megatron_agent.types import Task, Trajectory, TrajectoryGroup
 
 TRUNCATED = {"name": "grpo", "importance": {"correction": "truncate"}}
@@ -30,28 +35,58 @@ def test_stale_tokens_without_a_correction_are_warned_of(caplog, bound, algorith
 
 
 def test_the_queue_is_kept_by_step_and_a_damaged_file_is_refused(tmp_path):
-    stream = SimpleNamespace(state=lambda: {"position": 7}, loaded=None)
+    stream = SimpleNamespace(loaded=None)
     stream.load_state = lambda state: setattr(stream, "loaded", state)
     parts = SimpleNamespace(config=SimpleNamespace(folder=tmp_path), data=SimpleNamespace(train=stream))
-    rollouts = SimpleNamespace(unfinished=dict, start=None, go_on=None, next_group=None)
-
-    def queue():
-        return RolloutsAhead(rollouts, lambda count: [], lambda group: True, 2, 1, 10, updates=3)
-
     task = Task("a", "", (), (), "", "", "")
-    ahead, file = queue(), QueueFile(parts)
-    ahead.restore(Snapshot(3, 9, [(Start(2, 4), TrajectoryGroup(task, [Trajectory(task, 0, [1])]))], []))
-    file.save(ahead, 4)  # of another step: the update of step 4 was cut
-    assert list(tmp_path.iterdir()) == []
-    file.save(ahead, 3)
-    again = queue()
-    file.load(again, 2)
-    assert again.num_finished == 0  # no file of that step: a checkpoint of the synchronous loop
-    file.load(again, 3)
-    assert again.num_finished == 1 and again.snapshot() == ahead.snapshot() and stream.loaded == {"position": 7}
+    file = QueueFile(parts)
+    snapshot = Snapshot(
+        3, 9, [(Start(2, 4), TrajectoryGroup(task, [Trajectory(task, 0, [1])]))], [(Start(3, 5), Unfinished(task))]
+    )
+    file.save(snapshot, {"position": 7})
+    assert file.load(2) is None  # a checkpoint of a run that kept none
+    assert file.load(3) == snapshot and stream.loaded == {"position": 7}
     path = tmp_path / "ahead" / "step_00000003"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(CheckpointError, match=r"step_00000003: damaged; remove it"):
-        file.load(queue(), 3)
+        file.load(3)
+
+
+def test_what_the_synchronous_loop_carries_over_survives_a_stop(tmp_path, monkeypatch):
+    """As it was at the end of the last finished step, with that step's order of the data."""
+    config = parse({"rollout": {"oversample": 0.5, "carry_over": True}, "training": {"num_steps": 4}, "name": "run"})
+    config.output_dir = str(tmp_path)
+    gone_on, task = [], Task("slow", "", (), (), "", "", "")
+    left = {7: Unfinished(task, [Trajectory(task, 1, [1])])}
+    stream = SimpleNamespace(position=0)
+    stream.load_state = lambda state: setattr(stream, "position", state["position"])
+    rollouts = SimpleNamespace(unfinished=lambda: left, go_on=lambda group, step: gone_on.append((group, step)))
+
+    async def sample_groups(step):
+        stream.position += 1
+        if step == 3 and not gone_on:
+            raise StopRequested("asked to")
+        return [], []
+
+    async def learn(parts, progress, step, *rest):
+        progress.step, progress.stream = step, {"position": stream.position}
+        return {}
+
+    async def nothing(*arguments):
+        pass
+
+    async def or_done(work, *rest):
+        return await work
+
+    for name, replacement in (("learn", learn), ("end_step", nothing), ("evaluate_between", nothing)):
+        monkeypatch.setattr(f"megatron_agent.train.{name}", replacement)
+    data, stop = SimpleNamespace(train=stream), SimpleNamespace(or_done=or_done)
+    parts = SimpleNamespace(config=config, data=data, rollouts=rollouts, sample_groups=sample_groups)
+    progress = Progress()
+    with pytest.raises(StopRequested):
+        asyncio.run(steps_in_turn(parts, progress, None, stop))
+    assert (progress.step, stream.position, gone_on) == (2, 3, [])
+    asyncio.run(steps_in_turn(parts, progress, None, stop))
+    assert gone_on == [(left[7], 2)] and (progress.step, stream.position) == (4, 4)
