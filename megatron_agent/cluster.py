@@ -77,6 +77,11 @@ def gpu_shares(config: RunConfig, num_gpus: int) -> tuple[float, float]:
     )
 
 
+def is_colocated(config: RunConfig) -> bool:
+    """Whether trainer ranks and engines share devices."""
+    return gpu_shares(config, num_gpus())[1] == 0.5
+
+
 def placements(config: RunConfig, share: float, count: int) -> list[dict[str, Any]]:
     """Ray options of `count` trainer ranks or engines that take `share` GPUs each.
 
@@ -92,8 +97,7 @@ def placements(config: RunConfig, share: float, count: int) -> list[dict[str, An
     try:
         devices = get_placement_group(DEVICES)
     except ValueError:  # the first of the two sides makes it
-        is_colocated = gpu_shares(config, num_gpus())[1] == 0.5
-        num_devices = max(config.training.layout.world_size, config.rollout.num_engines * is_colocated)
+        num_devices = max(config.training.layout.world_size, config.rollout.num_engines * is_colocated(config))
         devices = placement_group([{"GPU": 1, "CPU": 0}] * num_devices, strategy="PACK", name=DEVICES)
     return [
         {"num_gpus": share, "scheduling_strategy": PlacementGroupSchedulingStrategy(devices, placement_group_bundle_index=i)}

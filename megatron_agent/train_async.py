@@ -13,6 +13,7 @@ import asyncio
 import logging
 import sys
 
+from megatron_agent import cluster
 from megatron_agent.algorithms.options import Options
 from megatron_agent.config import RunConfig
 from megatron_agent.errors import ConfigError
@@ -52,6 +53,9 @@ async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: S
     config, ahead, queue = parts.config, make_queue(parts, progress), QueueFile(parts)
     stream = parts.data.train
     assert stream is not None
+    if config.training.max_staleness and cluster.is_colocated(config):
+        log.warning("trainer and engines share their GPUs: rollouts ahead take turns with the updates and gain little; give "
+                    "each side its own, or run megatron_agent.train")  # fmt: skip
     if (snapshot := queue.load(progress.step)) is not None:
         ahead.restore(snapshot)
     try:
