@@ -32,9 +32,9 @@ class QueueFile:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, self._file(snapshot.updates))
-        oldest = next(iter(complete_checkpoints(self._checkpoints)), self._file(snapshot.updates)).name
+        complete = complete_checkpoints(self._checkpoints)  # none: the first may be under way
         for old in self._folder.glob("step_*"):
-            if old.name < oldest:
+            if complete and old.name < complete[0].name:
                 old.unlink()
 
     def load(self, step: int) -> Snapshot | None:

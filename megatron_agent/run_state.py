@@ -150,7 +150,7 @@ class Progress:
 
 def keep_old_run(folder: Path) -> None:
     """Move an earlier run of the same name aside (name.1, name.2, ...): a new one must not mix with or erase it."""
-    if not (folder / "metrics.jsonl").is_file():
+    if not any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "ahead")):
         return
     number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
     aside = folder.with_name(f"{folder.name}.{number}")

@@ -16,6 +16,7 @@ import sys
 from megatron_agent import cluster
 from megatron_agent.algorithms.options import Options
 from megatron_agent.config import RunConfig
+from megatron_agent.data.stream import TaskMix, TaskStream
 from megatron_agent.errors import ConfigError
 from megatron_agent.observe.boards import Boards
 from megatron_agent.observe.metrics import Timer
@@ -50,9 +51,11 @@ def check_overlap(config: RunConfig) -> None:
 async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: StopSignal) -> None:
     """waits for: enough groups (RolloutsAhead.take), then the update and the sync, beside which rollouts go on; evaluations and
     checkpoints hold up neither. However it ends, the queue is kept with the last finished step."""
-    config, ahead, queue = parts.config, make_queue(parts, progress), QueueFile(parts)
+    config, queue = parts.config, QueueFile(parts)
     stream = parts.data.train
-    assert stream is not None
+    if stream is None:  # no steps are asked for (stages.read_data)
+        return
+    ahead = make_queue(parts, stream, progress.step)
     if config.training.max_staleness and cluster.is_colocated(config):
         log.warning("trainer and engines share their GPUs: rollouts ahead take turns with the updates and gain little; give "
                     "each side its own, or run megatron_agent.train")  # fmt: skip
@@ -70,8 +73,7 @@ async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: S
                 metrics = await learn(parts, progress, step, groups, refused, timer, boards, counts)
                 ahead.commit()
                 if config.training.max_staleness and is_due(step, config.observe.probe_every_steps):
-                    async with parts.weights.lock:
-                        gap = await stop.or_done(probe(parts, groups), f"step {step}: probing the log-prob gap", boards)
+                    gap = await stop.or_done(probe(parts, groups), f"step {step}: probing the log-prob gap", boards)
                     boards.log(step, gap, phase="probe")
                     metrics |= gap  # for the alarms
                 if is_due(step, config.checkpoint.every_steps) or is_due(step, config.evaluation.every_steps):
@@ -84,9 +86,8 @@ async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: S
         await ahead.close()
 
 
-def make_queue(parts: Stages, progress: Progress) -> RolloutsAhead:
-    stream, training = parts.data.train, parts.config.training
-    assert stream is not None
+def make_queue(parts: Stages, stream: TaskStream | TaskMix, updates: int) -> RolloutsAhead:
+    training = parts.config.training
     return RolloutsAhead(
         parts.rollouts,
         stream.next,
@@ -95,7 +96,7 @@ def make_queue(parts: Stages, progress: Progress) -> RolloutsAhead:
         training.max_staleness,
         training.num_steps,
         parts.algorithm.max_sampling_rounds,
-        updates=progress.step,
+        updates=updates,
     )
 
 

@@ -169,13 +169,12 @@ async def compare(shop: Workshop, trainers: list[str], rollouts: list[str]) -> i
     print(f"new weights in {exported}; {time.monotonic() - began_s:.0f} s", flush=True)
     for rollout in rollouts:
         layout = ROLLOUTS[rollout]
-        expected = []
-        for path in (shop.hf, exported):
-            (engine,) = await shop.engines({**layout, "num_engines": 1}, path)
-            expected.append((await shop.answers(engine), await engine.checksums.remote()))
-            stop([engine])
+        (engine,) = await shop.engines({**layout, "num_engines": 1}, exported)
+        loaded_new = (await shop.answers(engine), await engine.checksums.remote())
+        stop([engine])
+        engines = await shop.engines(layout, shop.hf)  # and before the first sync they say what the old weights say
+        expected = [(await shop.answers(engines[0]), await engines[0].checksums.remote()), loaded_new]
         assert expected[0] != expected[1], "the new weights are the old ones: the comparison would say nothing"
-        engines = await shop.engines(layout, shop.hf)
         version = 0
         for name in trainers:
             actor, config = await shop.trainer(name, layout)

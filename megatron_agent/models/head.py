@@ -46,7 +46,7 @@ class VocabularyShard:
         """In place: what `support` leaves out of top-k and top-p takes no probability.
 
         A target keeps its own: it was sampled, and at the edge the engine's rounding decides. Logits that equal the last one
-        within stay within (vLLM: all of them for top-k, some for top-p).
+        within stay within; of such ties vLLM keeps all (top-k in its PyTorch sampler) or some (the rest).
         """
         if self.support.is_cut:
             local, inside = self.own(targets_C, logits_CV.shape[1])
@@ -58,22 +58,27 @@ class VocabularyShard:
 
     def _floor(self, logits_CV: torch.Tensor) -> torch.Tensor:
         """The least logit within top-k and top-p, [C]."""
-        top_k, top_p = self.support.top_k, self.support.top_p
-        found = self._largest(logits_CV, min(top_k or CANDIDATES, logits_CV.shape[1]))
+        top_k, top_p, num_columns = self.support.top_k, self.support.top_p, logits_CV.shape[1]
+        largest = self._largest(logits_CV, min(top_k or CANDIDATES, num_columns))
         if top_k:
-            found = found[:, :top_k]
-            if top_p == 1:
-                return found[:, -1]
-        normaliser = found.logsumexp(-1) if top_k else _normaliser(logits_CV, self)
-        held = (found - normaliser[:, None]).exp_().cumsum(-1)
-        num_columns = logits_CV.shape[1] * dist.get_world_size(self.group)
-        if not top_k and found.shape[1] < num_columns and bool((held[:, -1] < top_p).any()):
-            # Flat distributions: among all, a few rows at a time, since every rank gets all columns.
-            parts = logits_CV.split(max(1, len(logits_CV) // dist.get_world_size(self.group)))
-            found = torch.cat([self._largest(part, part.shape[1]) for part in parts])
-            held = (found - normaliser[:, None]).exp_().cumsum(-1)
-        last = (held[:, :-1] < top_p).sum(-1, keepdim=True)  # the first is always within
-        return found.gather(1, last)[:, 0]
+            largest = largest[:, :top_k]
+            return largest[:, -1] if top_p == 1 else self._last_within(largest, largest.logsumexp(-1))
+        normaliser = _normaliser(logits_CV, self)
+        held = (largest - normaliser[:, None]).exp_().sum(-1)
+        reaches_far = (held < top_p).any().float()
+        dist.all_reduce(reaches_far, op=dist.ReduceOp.MAX, group=self.group)  # all ranks go on together
+        if not reaches_far or num_columns <= CANDIDATES:
+            return self._last_within(largest, normaliser)
+        floors = []  # flat distributions: among all, a few rows at a time, since every rank gets all columns
+        size = max(1, len(logits_CV) // dist.get_world_size(self.group))
+        for part, of_part in zip(logits_CV.split(size), normaliser.split(size)):
+            floors.append(self._last_within(self._largest(part, num_columns), of_part))
+        return torch.cat(floors)
+
+    def _last_within(self, largest: torch.Tensor, normaliser: torch.Tensor) -> torch.Tensor:
+        """Of logits in falling order: the last with less than top-p of the probability before it; the first always is."""
+        held = (largest[:, :-1] - normaliser[:, None]).exp_().cumsum(-1)
+        return largest.gather(1, (held < self.support.top_p).sum(-1, keepdim=True))[:, 0]
 
     def _largest(self, logits_CV: torch.Tensor, count: int) -> torch.Tensor:
         """`count` of every rank, in falling order, the same on all [C, ranks * count]."""

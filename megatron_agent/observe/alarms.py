@@ -57,8 +57,8 @@ class AlarmsConfig:
             if action not in ACTIONS:
                 raise ConfigError(f"observe.alarms.actions.{name}={action!r}; allowed: {', '.join(ACTIONS)}")
         for name in ("window", "repeat_steps"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"observe.alarms.{name}={getattr(self, name)} must be 2 steps or more")
+            if getattr(self, name) < RECENT_STEPS:
+                raise ConfigError(f"observe.alarms.{name}={getattr(self, name)} must be {RECENT_STEPS} steps or more")
         for name in (
             "reward_lost_fraction",
             "tool_rate_fraction",
@@ -134,7 +134,7 @@ class Alarms:
                 values.append(float(value))
         recent = self._history["reward"][-RECENT_STEPS:]
         if len(recent) == RECENT_STEPS:
-            self._best_reward = max(statistics.fmean(recent), self._best_reward or -math.inf)
+            self._best_reward = max(statistics.fmean(recent), -math.inf if self._best_reward is None else self._best_reward)
 
     def _usual(self, name: str) -> list[float]:
         """The last window, or nothing while it is not full."""

@@ -73,7 +73,7 @@ class RolloutsAhead:
         self.groups_per_step, self.max_staleness, self.num_steps = groups_per_step, max_staleness, num_steps
         self._max_replaced = (max_rounds - 1) * groups_per_step  # in one step
         self.updates = updates
-        self._num_started = updates * groups_per_step  # less those that were refused
+        self._num_started = updates * groups_per_step  # of which step a group's seeds are; less those that were replaced
         self._num_replaced = 0
         self._started: dict[int, Start] = {}  # by number; all that are not committed
         self._finished: dict[int, TrajectoryGroup] = {}
@@ -124,7 +124,7 @@ class RolloutsAhead:
     def fill(self) -> None:
         """Start what may be under way now."""
         room = (self.max_staleness + 1) * self.groups_per_step - len(self._started)
-        left = self.num_steps * self.groups_per_step - self._num_started
+        left = (self.num_steps - self.updates) * self.groups_per_step - len(self._started)
         for _ in range(min(room, left)):
             self._start_one()
         if self.num_under_way and (self._receiving is None or (self._receiving.done() and not self._receiving.exception())):
@@ -151,7 +151,7 @@ class RolloutsAhead:
             self._started[number], self._finished[number] = start, group
         for start, unfinished in snapshot.unfinished:
             self._started[self._rollouts.go_on(unfinished, start.step)] = start
-        self._num_started = snapshot.num_started
+        self._num_started = max(self._num_started, snapshot.num_started)
 
     def _start_one(self) -> None:
         start = Start(self.updates, self._num_started // self.groups_per_step + 1)

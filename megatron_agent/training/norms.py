@@ -53,9 +53,11 @@ def block_norms(model: MegatronModel) -> dict[str, float]:
                         for kind, values in (("grad", parameter.main_grad), ("weight", parameter.detach())):
                             found.setdefault(f"{kind}_norm/{names[parameter]}", []).append(values.view(-1)[held])
     keys = [f"{kind}_norm/{block}" for kind in ("grad", "weight") for block in blocks]
-    nothing = torch.zeros((), device=next(model.module.parameters()).device)
-    squares = [torch.stack(torch._foreach_norm(found[key])).double().square().sum() if key in found else nothing.double()
-               for key in keys]  # fmt: skip
+    device = next(model.module.parameters()).device
+    squares = []
+    for key in keys:  # in fp32, whatever the parameters are in
+        of_parts = torch._foreach_norm(found[key], dtype=torch.float32) if key in found else [torch.zeros((), device=device)]
+        squares.append(torch.stack(of_parts).double().square().sum())
     total = torch.stack(squares)
     dist.all_reduce(total)
     norms = dict(zip(keys, total.sqrt().tolist()))

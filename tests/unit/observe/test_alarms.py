@@ -84,8 +84,8 @@ def test_actions_are_configured():
         AlarmsConfig(actions={"tool": "stop"})
     with pytest.raises(ConfigError, match="allowed: warn, stop, ignore"):
         AlarmsConfig(actions={"repetition": "halt"})
-    with pytest.raises(ConfigError, match=r"window=1"):
-        AlarmsConfig(window=1)
+    with pytest.raises(ConfigError, match=r"window=2 must be 3 steps"):
+        AlarmsConfig(window=2)
 
 
 def test_the_history_survives_a_restart():

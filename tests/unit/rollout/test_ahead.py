@@ -153,6 +153,19 @@ def test_a_restart_keeps_what_was_generated(staleness, seed):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_refused_groups_that_are_not_replaced_leave_later_steps_full(staleness):
+    async def main():
+        source = Source()
+        ahead, sizes = queue(source, staleness, keep=lambda group: int(group.task.task_id) % 2 == 1), []
+        for _ in range(12):
+            sizes.append(len((await taken(ahead, source))[0]))
+            ahead.commit()
+        assert sum(sizes[:6]) >= 6 and sum(sizes[6:]) >= 6  # half of three a step, or more
+
+    asyncio.run(main())
+
+
 def test_refused_groups_are_replaced_until_the_rounds_are_used_up():
     async def main():
         source = Source()
