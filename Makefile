@@ -10,14 +10,21 @@ NAME := $(if $(filter 0,$(SEED)),quickstart,quickstart-seed$(SEED))
 SEED_FILES := model.path=$(DATA)/model data.train_files=[$(DATA)/train.parquet] sft.files=[$(DATA)/warmup.parquet] \
 	evaluation.files=[$(DATA)/heldout.parquet] evaluation.without_tool_files=[$(DATA)/heldout_direct.parquet]
 
-.PHONY: quickstart test setup lint clean
+.PHONY: quickstart test test-units test-processes setup lint clean
 
 quickstart: .venv/.ready
 	$(PY) examples/quickstart/prepare_data.py --seed $(SEED) --out $(DATA)
 	$(PY) -m megatron_agent.train examples/quickstart/run.yaml name=$(NAME) seed=$(SEED) $(SEED_FILES) $(ARGS)
 
+# Two halves side by side: the second waits a lot, for processes to start and for each other.
 test: .venv/.ready lint
-	$(PY) -m pytest -q tests
+	$(MAKE) -j2 test-units test-processes
+
+test-units: .venv/.ready
+	$(PY) -m pytest -q tests --ignore=tests/distributed --ignore=tests/integration
+
+test-processes: .venv/.ready
+	$(PY) -m pytest -q tests/distributed tests/integration
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

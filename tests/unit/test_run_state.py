@@ -178,6 +178,9 @@ def test_an_earlier_run_is_kept(tmp_path):
     folder.mkdir()
     keep_old_run(folder)  # no run, only a folder
     assert folder.exists()
+    (folder / "ahead").mkdir()  # of one that was stopped before its first number
+    keep_old_run(folder)
+    assert (tmp_path / "run.3" / "ahead").is_dir() and not folder.exists()
 
 
 def test_an_alarm_is_said_and_may_stop_the_run(tmp_path):
