@@ -95,9 +95,12 @@ def processes() -> dict[str, psutil.Process]:
     """Trainer ranks and engines among the processes that this one started."""
     found = {}
     for process in psutil.Process().children(recursive=True):
-        name = " ".join(process.cmdline()[:1])
-        if name.startswith(("ray::Worker", "ray::Engine", "VLLM::")):
-            found[f"{name.partition('.')[0]} {process.pid}"] = process
+        words = process.cmdline()
+        if words[:1] and words[0].startswith(("ray::Worker", "ray::Engine", "VLLM::")):
+            found[f"{words[0].partition('.')[0]} {process.pid}"] = process
+        elif any("spawn_main" in word for word in words):  # vLLM's cannot always set their title
+            found[f"spawned {process.pid}"] = process
+    assert any(not name.startswith("ray::") for name in found), "vLLM's own processes were not found"
     return found
 
 
