@@ -246,10 +246,13 @@ class Engine:
         prompt = self._prompt(row, images)
         for _ in range(CACHE_MISS_ATTEMPTS):
             final = await self._request(prompt, self._parameters(sampling))
-            if final.outputs[0].finish_reason != "error":
+            if isinstance(final, str):
+                logger.warning("vLLM failed on a request of %d tokens: %s", len(row), final)
+            elif final.outputs[0].finish_reason != "error":
                 break
         else:
-            raise RequestLostError(f"vLLM failed {CACHE_MISS_ATTEMPTS} times on one request; see its log")
+            why = final if isinstance(final, str) else "see its log"
+            raise RequestLostError(f"vLLM failed {CACHE_MISS_ATTEMPTS} times on one request: {why}")
         if final.prompt_token_ids != row:
             raise EngineError(
                 f"vLLM expanded the prompt to another row, {first_difference(row, final.prompt_token_ids or [])}; "
@@ -265,11 +268,16 @@ class Engine:
             prompt["multi_modal_uuids"] = {"image": [ref.key for ref in images]}
         return prompt
 
-    async def _request(self, prompt: dict[str, Any], parameters: SamplingParams) -> RequestOutput:
+    async def _request(self, prompt: dict[str, Any], parameters: SamplingParams) -> RequestOutput | str:
+        """A text says what went wrong with this request alone, such as a picture that left the cache on its way."""
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
         final: RequestOutput | None = None
         try:
             async for output in self.llm.generate(prompt, parameters, request_id=str(next(self._request_ids))):  # type: ignore[arg-type]
                 final = output
+        except EngineGenerateError as error:
+            return repr(error.__cause__ or error)
         except Exception as error:  # noqa: BLE001 - vLLM's errors have no common root and do not all unpickle in the driver
             raise EngineError(f"vLLM failed on a request of {len(prompt['prompt_token_ids'])} tokens: {error!r}") from None
         if final is None:
