@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from megatron_agent.errors import CheckpointError
 from megatron_agent.rollout.ahead import Snapshot, from_bytes, to_bytes
 from megatron_agent.stages import Stages
 from megatron_agent.training.checkpoint import complete_checkpoints, step_folder
+
+log = logging.getLogger("megatron_agent")
 
 
 class QueueFile:
@@ -36,6 +39,13 @@ class QueueFile:
         for old in self._folder.glob("step_*"):
             if complete and old.name < complete[0].name:
                 old.unlink()
+
+    def save_at_end(self, snapshot: Snapshot, stream: Mapping[str, Any]) -> None:
+        """A queue that cannot be written is generated again: no reason to lose the checkpoint that follows."""
+        try:
+            self.save(snapshot, stream)
+        except OSError as error:
+            log.error("what was generated for later steps could not be kept in %s: %s", self._folder, error)
 
     def load(self, step: int) -> Snapshot | None:
         """Where there is one of that step; the stream then goes on from where it was. Raises CheckpointError when the file is

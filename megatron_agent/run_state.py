@@ -51,6 +51,8 @@ class StopSignal:
         stopped = asyncio.ensure_future(self._event.wait())
         waiting = {task, stopped} if beside is None else {task, stopped, beside}
         try:
+            if self._event.is_set():  # it came during work that cannot be cut; this may end without a wait
+                raise StopRequested(f"stopped by a signal before: {what}")
             while not task.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if beside in done:

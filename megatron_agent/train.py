@@ -23,7 +23,7 @@ from megatron_agent.observe.transcripts import rewind_transcripts, write_transcr
 from megatron_agent.queue_file import QueueFile
 from megatron_agent.report import write_report
 from megatron_agent.rollout.ahead import Snapshot, Start
-from megatron_agent.rollout.collect import rollout_metrics
+from megatron_agent.rollout.collect import Unfinished, rollout_metrics
 from megatron_agent.run_state import Progress, StopSignal, keep_old_run
 from megatron_agent.sft import warm_start
 from megatron_agent.stages import Data, Stages
@@ -115,6 +115,8 @@ async def steps_in_turn(parts: Stages, progress: Progress, boards: Boards, stop:
     if parts.config.rollout.carry_over and (carried := queue.load(progress.step)) is not None:
         for start, group in carried.unfinished:
             parts.rollouts.go_on(group, start.step)
+        for start, whole in carried.finished:  # of a run of the overlapped loop
+            parts.rollouts.go_on(Unfinished(whole.task, whole.trajectories), start.step)
     try:
         for step in range(progress.step + 1, parts.config.training.num_steps + 1):
             with progress.timed("seconds_train"):
@@ -130,7 +132,7 @@ async def steps_in_turn(parts: Stages, progress: Progress, boards: Boards, stop:
             await evaluate_between(parts, progress, boards, stop)
     finally:
         if carried is not None and carried.updates == progress.step:
-            queue.save(carried, progress.stream)
+            queue.save_at_end(carried, progress.stream)
 
 
 async def end_step(parts: Stages, progress: Progress, metrics: dict[str, float], boards: Boards) -> None:

@@ -82,7 +82,7 @@ async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: S
             await evaluate_between(parts, progress, boards, stop)
     finally:
         if ahead.updates == progress.step:  # else the update of a step was cut
-            queue.save(ahead.snapshot(), stream.state())
+            queue.save_at_end(ahead.snapshot(), stream.state())
         await ahead.close()
 
 

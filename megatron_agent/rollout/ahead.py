@@ -79,6 +79,7 @@ class RolloutsAhead:
         self._finished: dict[int, TrajectoryGroup] = {}
         self._taken: list[int] = []
         self._refused: list[TrajectoryGroup] = []
+        self._num_reported = 0  # of those, by the last take
         self._arrived = asyncio.Event()
         self._receiving: asyncio.Task[None] | None = None
 
@@ -111,13 +112,15 @@ class RolloutsAhead:
                 self._receiving.result()
         oldest_first = sorted(self._finished, key=lambda number: (self._started[number].updates, number))
         self._taken = oldest_first[: self.groups_per_step]
+        self._num_reported = len(self._refused)
         return [self._finished[number] for number in self._taken], list(self._refused)
 
     def commit(self) -> None:
         """The step was trained on and its weights are in the engines: its groups are gone, and new ones start."""
         for number in self._taken:
             del self._started[number], self._finished[number]
-        self._taken, self._refused, self._num_replaced = [], [], 0
+        del self._refused[: self._num_reported]
+        self._taken, self._num_reported, self._num_replaced = [], 0, 0
         self.updates += 1
         self.fill()
 

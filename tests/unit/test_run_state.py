@@ -201,3 +201,17 @@ def test_an_alarm_is_said_and_may_stop_the_run(tmp_path):
         ends({"loss": 0.5, "repeated_fraction": 0.9}, repetition="stop")
     with pytest.raises(TrainingError, match="not_finite: loss=nan"):
         ends({"loss": float("nan")})
+
+
+def test_a_signal_that_came_before_stops_work_that_would_not_wait():
+    async def ready():
+        return 1
+
+    async def main():
+        stop = StopSignal()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        with pytest.raises(StopRequested, match="before: the next step"):
+            await stop.or_done(ready(), "the next step", BOARDS)
+
+    asyncio.run(main())
