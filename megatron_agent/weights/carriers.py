@@ -6,6 +6,7 @@ group of the two ranks copies from one to the other. Groups are made once per pa
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 import uuid
@@ -158,11 +159,12 @@ def join(carrier: Shared | Grouped, hello: Hello, meeting: Meeting) -> None:
 
 
 def open_receiver(hello: Hello, meeting: Meeting) -> Shared | Grouped:
-    """The receiver's end of what the Hello describes."""
+    """The receiver's end of what the Hello describes. Raises FileNotFoundError when the sender is gone already."""
     shape = (NUM_SLOTS, hello.max_elements)
     if hello.kind == "shared_memory":
-        size = NUM_SLOTS * hello.max_elements
-        return Shared(torch.from_file(hello.memory, shared=True, size=size, dtype=hello.dtype).view(shape))
+        # Not torch.from_file, which makes a file of zeros where the sender is gone and has unlinked its own.
+        with open(hello.memory, "r+b") as file:
+            return Shared(torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=hello.dtype).view(shape))
     if hello.kind == "cuda_ipc":
         rebuild, arguments = hello.memory
         return Shared(rebuild(*arguments))

@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from math import prod
 from multiprocessing import AuthenticationError
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +214,18 @@ def test_a_relay_says_who_wrote_wrong_bytes_and_who_is_behind_a_dead_one_learns_
     assert lost == {0: {}, 1: {}} and set(errors) == {2, 4} and "did not send everything" in errors[4]
     for rank in (0, 1):  # those before it are whole
         assert sinks[rank].num_written == sum(prod(c.shape) for c in copies_of(rank))
+
+
+def test_a_sender_that_is_gone_is_not_a_file_of_zeros(sync_round):
+    file = carriers.shared_file(1024)
+    hello = carriers.Hello(0, torch.float32, 128, "shared_memory", file)
+    carrier = carriers.open_receiver(hello, Meeting(sync_round))
+    carrier.slots[1, 127] = 7.0
+    assert torch.from_file(file, shared=True, size=256)[255] == 7.0
+    Path(file).unlink()
+    with pytest.raises(FileNotFoundError):
+        carriers.open_receiver(hello, Meeting(sync_round))
+    assert not Path(file).exists()
 
 
 def test_groups_are_made_once_per_pair_and_anew_after_a_failure(point):
