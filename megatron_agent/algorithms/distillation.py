@@ -7,13 +7,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from megatron_agent.algorithms.advantages import group_centred, spread
 from megatron_agent.algorithms.options import ClipOptions, KLOptions, within
 from megatron_agent.algorithms.policy_gradient import PolicyGradient
 from megatron_agent.errors import ConfigError
-from megatron_agent.types import LossInputs, TrainSample
+from megatron_agent.types import LossInputs, LossOutputs, TrainSample
 
 
 class Distillation(PolicyGradient):
@@ -45,12 +43,12 @@ class Distillation(PolicyGradient):
         centred = group_centred(samples, self.total_rewards(samples), normalise_std=True)
         return spread(samples, [self.config.reward_coefficient * value for value in centred])
 
-    def policy_loss(self, inputs: LossInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def loss(self, inputs: LossInputs) -> LossOutputs:
         if inputs.reference_logprobs_R is None:
             raise ValueError("distillation needs the teacher's log-probs in reference_logprobs_T")
         preference = (inputs.reference_logprobs_R - inputs.old_logprobs_R).detach()
         advantages = inputs.advantages_R + self.config.teacher_coefficient * preference
-        return super().policy_loss(replace(inputs, advantages_R=advantages))
+        return super().loss(replace(inputs, advantages_R=advantages))
 
 
 COMPONENT = Distillation

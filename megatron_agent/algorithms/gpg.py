@@ -11,6 +11,7 @@ from megatron_agent.algorithms.advantages import group_centred, is_flat, members
 from megatron_agent.algorithms.objectives import ratio_of
 from megatron_agent.algorithms.options import Options
 from megatron_agent.algorithms.policy_gradient import PolicyGradient
+from megatron_agent.errors import ConfigError
 from megatron_agent.types import LossInputs, TrainSample
 
 
@@ -20,6 +21,11 @@ class GPG(PolicyGradient):
     @dataclass
     class Config(Options):
         normalise_std: bool = False  # the paper's F_norm: 1, or the group's std
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.importance.correction == "clip":
+                raise ConfigError("algorithm.importance.correction='clip': gpg has no ratio to clip; give truncate or mask")
 
     def advantages(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         rewards = self.total_rewards(samples)

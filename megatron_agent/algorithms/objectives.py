@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from megatron_agent.algorithms.divergence import LIMIT_LOG_RATIO
@@ -29,6 +31,14 @@ def clipped_ratio_loss(
     return loss, clipped.detach()
 
 
+def sampling_policy(inputs: LossInputs, options: ImportanceOptions) -> LossInputs:
+    """The same with what `correction: clip` takes the ratio to in `old_logprobs_R`: what the engine sampled with."""
+    old = inputs.rollout_logprobs_R
+    if options.stale_only and inputs.lag_R is not None:
+        old = torch.where(inputs.lag_R > 0, old, inputs.old_logprobs_R)
+    return replace(inputs, old_logprobs_R=old)
+
+
 def importance_weights(inputs: LossInputs, options: ImportanceOptions) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (weight of every token's loss, whether the correction changed or dropped it); see ImportanceOptions."""
     lag = inputs.lag_R
@@ -40,7 +50,7 @@ def importance_weights(inputs: LossInputs, options: ImportanceOptions) -> tuple[
         log_weights = over(log_weights)[inputs.sample_index_R]
     weights = ratio_of(log_weights)
     cut = torch.zeros_like(weights, dtype=torch.bool)
-    if options.correction == "none":
+    if options.correction in ("none", "clip"):
         weights = torch.ones_like(weights)
     elif options.correction == "truncate":
         cut = weights > options.high

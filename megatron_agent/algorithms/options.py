@@ -8,7 +8,7 @@ from megatron_agent.errors import ConfigError
 
 AGGREGATIONS = ("token-mean", "sequence-mean", "sequence-sum", "fixed-length")
 KL_ESTIMATORS = ("k1", "k2", "k3", "low_variance", "abs", "full")
-CORRECTIONS = ("none", "truncate", "mask")
+CORRECTIONS = ("none", "truncate", "mask", "clip")
 LEVELS = ("token", "sequence", "geometric")
 
 
@@ -55,7 +55,10 @@ class ImportanceOptions:
     the update) - log-prob(engine)). The engine's rounding and its older weights are both in it.
 
     `truncate`: min(w, high) (truncated importance sampling: Ionides, 2008); `mask`: w, but 0 outside [low, high]. `level`: w
-    of a token, of its whole sequence (the product), or the geometric mean of its sequence.
+    of a token, of its whole sequence (the product), or the geometric mean of its sequence. The trust region stays around the
+    weights before the update, as in the decoupled objective of arXiv 2505.24298, equation 5.
+    `clip`: no weight; the ratio that the algorithm clips is exp(log-prob(new) - log-prob(engine)), as in arXiv 1707.06347,
+    equation 7: what the updates since a token was sampled moved past the clip range gets no further push.
     """
 
     correction: str = "none"
@@ -68,6 +71,10 @@ class ImportanceOptions:
     def __post_init__(self) -> None:
         one_of("importance.correction", self.correction, CORRECTIONS)
         one_of("importance.level", self.level, LEVELS)
+        if self.correction == "clip" and self.level != "token":
+            raise ConfigError(
+                f"algorithm.importance.level={self.level!r} is of truncate and mask; correction='clip' has no weight"
+            )
         within("importance.max_lag", self.max_lag, -1)
         if not 0 <= self.low <= 1 <= self.high:
             raise ConfigError(f"algorithm.importance.low={self.low}, high={self.high}: 0 <= low <= 1 <= high")

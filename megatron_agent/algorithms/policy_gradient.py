@@ -14,7 +14,7 @@ import torch
 from megatron_agent.algorithms.advantages import actions, token_rewards
 from megatron_agent.algorithms.base import Algorithm
 from megatron_agent.algorithms.divergence import kl_estimate, next_coefficient
-from megatron_agent.algorithms.objectives import clipped_ratio_loss, importance_weights, ratio_of
+from megatron_agent.algorithms.objectives import clipped_ratio_loss, importance_weights, ratio_of, sampling_policy
 from megatron_agent.algorithms.options import ClipOptions
 from megatron_agent.types import LossInputs, LossOutputs, TrainSample
 
@@ -77,7 +77,8 @@ class PolicyGradient(Algorithm):
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
         options = self.config
-        loss, ratio, clipped = self.policy_loss(inputs)
+        clips = options.importance.correction == "clip"
+        loss, ratio, clipped = self.policy_loss(sampling_policy(inputs, options.importance) if clips else inputs)
         metrics = {"ratio": ratio.detach(), "clip_fraction": clipped.float()}
         if options.importance.correction != "none" or options.importance.max_lag >= 0:
             weights, cut = importance_weights(inputs, options.importance)

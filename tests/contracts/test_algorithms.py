@@ -159,6 +159,7 @@ OPTIONS = {
     "plain": {},
     "kl in the loss, entropy": {"kl": {"coefficient": 0.3, "estimator": "k3"}, "entropy_coefficient": 0.2},
     "sequence weights": {"importance": {"correction": "truncate", "level": "sequence", "max_lag": 1}},
+    "clipped against the engine": {"importance": {"correction": "clip"}},
 }
 
 
@@ -173,5 +174,7 @@ def test_at_the_old_policy_ratios_are_one_and_nothing_is_clipped(name, options):
         pytest.skip("an algorithm that has no such option")
     inputs = loss_inputs(12)
     inputs.old_logprobs_R = inputs.logprobs_R.detach()
+    if algorithm.config.importance.correction == "clip":
+        inputs.rollout_logprobs_R = inputs.old_logprobs_R  # fresh tokens
     metrics = algorithm.loss(inputs).metrics_R
     assert (metrics["ratio"] - 1).abs().max() <= 1e-5 and metrics["clip_fraction"].sum() == 0

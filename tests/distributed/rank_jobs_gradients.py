@@ -41,12 +41,17 @@ def algorithms():
         weights = {"correction": "truncate", "level": level, "high": 1.1, "max_lag": 1}
         kl = {"coefficient": 0.5, "estimator": "k3"}
         found[f"grpo {level}"] = _grpo({"importance": weights, "kl": kl, "entropy_coefficient": 0.3, "dual_clip": 1.5})
+    found["gspo clip"] = _of("gspo", {"importance": {"correction": "clip", "stale_only": True}})
     found["grpo full KL"] = _grpo({"kl": {"coefficient": 0.5, "estimator": "full"}})
     return found | {"supervised": Supervised()}
 
 
 def _grpo(options):
-    component = registry.resolve("algorithms", "grpo")
+    return _of("grpo", options)
+
+
+def _of(name, options):
+    component = registry.resolve("algorithms", name)
     return component(build(component.Config, options, "algorithm"))
 
 

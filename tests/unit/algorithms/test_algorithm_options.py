@@ -20,6 +20,8 @@ REFUSED = [
     ("grpo", {"kl": {"where": "reward", "estimator": "full"}}, "is for kl.where='loss'"),
     ("grpo", {"kl": {"target": 0.1}}, "needs a kl.coefficient above 0"),
     ("grpo", {"importance": {"correction": "cut"}}, "algorithm.importance.correction='cut'"),
+    ("grpo", {"importance": {"correction": "clip", "level": "sequence"}}, "level='sequence' is of truncate and mask"),
+    ("gpg", {"importance": {"correction": "clip"}}, "gpg has no ratio to clip"),
     ("grpo", {"importance": {"high": 0.9}}, "0 <= low <= 1 <= high"),
     ("grpo", {"importance": {"max_lag": -2}}, "algorithm.importance.max_lag=-2"),
     ("ppo", {"gae_lambda": 1.5}, "algorithm.gae_lambda=1.5: must be 0 to 1"),

@@ -76,8 +76,8 @@ def pessimist(ratio, advantage, low, high):
     return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
 
 
-def token_terms(logits, low=0.2, high=0.2, advantages=ADVANTAGES):
-    ratios = (logprobs_of(logits) - OLD).exp()
+def token_terms(logits, low=0.2, high=0.2, advantages=ADVANTAGES, old=OLD):
+    ratios = (logprobs_of(logits) - old).exp()
     return [pessimist(r, a, low, high) for r, a in zip(ratios.tolist(), advantages.tolist())]
 
 
@@ -259,6 +259,41 @@ def test_importance_weights_scale_the_policys_loss_and_not_the_kl():
 
     options = {"importance": {"correction": "truncate", "high": 1.2}, "kl": {"coefficient": 0.3, "estimator": "k2"}}
     check(make("grpo", **options), expected)
+
+
+LAST_TWO_VERSIONS_OLD = torch.where(torch.tensor([0, 0, 1, 2, 0, 0]) > 0, ROLLOUT, OLD)
+
+
+@pytest.mark.parametrize(("more", "old"), [({}, ROLLOUT), ({"stale_only": True}, LAST_TWO_VERSIONS_OLD)])
+def test_the_ratio_to_what_the_engine_sampled_with(more, old):
+    check(make("grpo", importance={"correction": "clip", **more}), lambda logits: sum(token_terms(logits, old=old)) / 6)
+
+
+def test_clipped_against_the_engine_the_oldest_still_count_for_nothing():
+    def expected(logits):
+        terms = token_terms(logits, old=ROLLOUT)
+        return (sum(terms) - terms[3]) / 6
+
+    check(make("grpo", importance={"correction": "clip", "max_lag": 1}), expected)
+
+
+def test_distillation_clipped_against_the_engine_still_teaches_the_current_student():
+    total = ADVANTAGES + 0.5 * (logprobs_of(REFERENCE_LOGITS) - OLD)
+    algorithm = make("distillation", teacher_coefficient=0.5, importance={"correction": "clip"})
+    check(algorithm, lambda logits: sum(token_terms(logits, advantages=total, old=ROLLOUT)) / 6)
+
+
+def test_a_token_that_was_pushed_out_of_the_clip_range_by_later_updates_gets_no_gradient():
+    """What `truncate` does not give: at the weights before the update, where its own ratio is 1."""
+    now = torch.tensor([0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    sampled = torch.tensor([-0.4, 0.4], dtype=torch.float64)  # ratios 1.49, 0.67
+    batch = LossInputs(now, now.detach(), sampled, torch.tensor([1.0, -1.0]), torch.tensor([0, 0]), 1)
+    gradients = {}
+    for kind in ("truncate", "clip"):
+        gradients[kind] = torch.autograd.grad(make("grpo", importance={"correction": kind}).loss(batch).loss_R.sum(), now)[0]
+    assert gradients["clip"].tolist() == [0.0, 0.0] and gradients["truncate"].tolist() == pytest.approx(
+        [-math.exp(0.4), math.exp(-0.4)]
+    )
 
 
 def test_an_aggregation_that_is_none():
