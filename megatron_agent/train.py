@@ -112,11 +112,12 @@ async def steps_in_turn(parts: Stages, progress: Progress, boards: Boards, stop:
     """
     queue = QueueFile(parts)
     carried: Snapshot | None = None
+    starts: dict[int, Start] = {}  # of what is carried over, by number
     if parts.config.rollout.carry_over and (carried := queue.load(progress.step)) is not None:
         for start, group in carried.unfinished:
-            parts.rollouts.go_on(group, start.step)
+            starts[parts.rollouts.go_on(group, start.step)] = start
         for start, whole in carried.finished:  # of a run of the overlapped loop
-            parts.rollouts.go_on(Unfinished(whole.task, whole.trajectories), start.step)
+            starts[parts.rollouts.go_on(Unfinished(whole.task, whole.trajectories), start.step)] = start
     try:
         for step in range(progress.step + 1, parts.config.training.num_steps + 1):
             with progress.timed("seconds_train"):
@@ -125,7 +126,9 @@ async def steps_in_turn(parts: Stages, progress: Progress, boards: Boards, stop:
                     groups, refused = await stop.or_done(parts.sample_groups(step), f"step {step}: rollouts", boards)
                 metrics = await learn(parts, progress, step, groups, refused, timer, boards)
                 if parts.config.rollout.carry_over:
-                    carried = Snapshot(step, 0, [], [(Start(step, step), g) for g in parts.rollouts.unfinished().values()])
+                    unfinished = parts.rollouts.unfinished()
+                    starts = {number: starts.get(number, Start(step - 1, step)) for number in unfinished}
+                    carried = Snapshot(step, 0, [], [(starts[number], group) for number, group in unfinished.items()])
                     if is_due(step, parts.config.checkpoint.every_steps) or is_due(step, parts.config.evaluation.every_steps):
                         queue.save(carried, progress.stream)
                 await end_step(parts, progress, metrics, boards)

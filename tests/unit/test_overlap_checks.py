@@ -55,17 +55,26 @@ def test_the_queue_is_kept_by_step_and_a_damaged_file_is_refused(tmp_path):
 
 
 def test_what_the_synchronous_loop_carries_over_survives_a_stop(tmp_path, monkeypatch):
-    """As it was at the end of the last finished step, with that step's order of the data."""
+    """As it was at the end of the last finished step, with that step's order of the data; each group with the step in which
+    it began, for its seeds and its tokens' age."""
     config = parse({"rollout": {"oversample": 0.5, "carry_over": True}, "training": {"num_steps": 4}, "name": "run"})
     config.output_dir = str(tmp_path)
     gone_on, task = [], Task("slow", "", (), (), "", "", "")
     left = {7: Unfinished(task, [Trajectory(task, 1, [1])])}
+    later = Unfinished(task, [Trajectory(task, 2, [1])])
+
+    def go_on(group, step):
+        gone_on.append((group, step))
+        return 50 + len(gone_on)
+
     stream = SimpleNamespace(position=0)
     stream.load_state = lambda state: setattr(stream, "position", state["position"])
-    rollouts = SimpleNamespace(unfinished=lambda: left, go_on=lambda group, step: gone_on.append((group, step)))
+    rollouts = SimpleNamespace(unfinished=lambda: left, go_on=go_on)
 
     async def sample_groups(step):
         stream.position += 1
+        if step == 2:
+            left[8] = later
         if step == 3 and not gone_on:
             raise StopRequested("asked to")
         return [], []
@@ -88,5 +97,8 @@ def test_what_the_synchronous_loop_carries_over_survives_a_stop(tmp_path, monkey
     with pytest.raises(StopRequested):
         asyncio.run(steps_in_turn(parts, progress, None, stop))
     assert (progress.step, stream.position, gone_on) == (2, 3, [])
+    rollouts.unfinished = lambda: {51: left[7], 52: later, 60: left[7]}
     asyncio.run(steps_in_turn(parts, progress, None, stop))
-    assert gone_on == [(left[7], 2)] and (progress.step, stream.position) == (4, 4)
+    assert gone_on == [(left[7], 1), (later, 2)] and (progress.step, stream.position) == (4, 4)
+    kept = QueueFile(parts).load(4)
+    assert [start for start, _ in kept.unfinished] == [Start(0, 1), Start(1, 2), Start(2, 3)]
