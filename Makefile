@@ -10,7 +10,7 @@ NAME := $(if $(filter 0,$(SEED)),quickstart,quickstart-seed$(SEED))
 SEED_FILES := model.path=$(DATA)/model data.train_files=[$(DATA)/train.parquet] sft.files=[$(DATA)/warmup.parquet] \
 	evaluation.files=[$(DATA)/heldout.parquet] evaluation.without_tool_files=[$(DATA)/heldout_direct.parquet]
 
-.PHONY: quickstart test test-units test-processes setup lint clean
+.PHONY: quickstart test test-units test-integration setup lint clean
 
 quickstart: .venv/.ready
 	$(PY) examples/quickstart/prepare_data.py --seed $(SEED) --out $(DATA)
@@ -18,13 +18,13 @@ quickstart: .venv/.ready
 
 # Two halves side by side: the second waits a lot, for processes to start and for each other.
 test: .venv/.ready lint
-	$(MAKE) -j2 test-units test-processes
+	$(MAKE) -j2 test-units test-integration
 
 test-units: .venv/.ready
-	$(PY) -m pytest -q tests --ignore=tests/distributed --ignore=tests/integration
+	$(PY) -m pytest -q tests --ignore=tests/integration
 
-test-processes: .venv/.ready
-	$(PY) -m pytest -q tests/distributed tests/integration
+test-integration: .venv/.ready
+	$(PY) -m pytest -q tests/integration
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
