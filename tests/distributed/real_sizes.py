@@ -20,9 +20,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_agent import registry
 from megatron_agent.config import load
 from megatron_agent.models.mapping import overlap, volume
-from megatron_agent.models.qwen2_5_vl import Qwen2_5_VL
 from megatron_agent.training.layout import is_tensor_parallel, megatron_pieces
 
 
@@ -103,7 +103,7 @@ def check(config_json, run_yaml, overrides):
     config = load(run_yaml, overrides)
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(config_json, Path(folder) / "config.json")
-        family = Qwen2_5_VL(folder)
+        family = registry.resolve("models", config.model.family)(folder)
     layout = family.balanced(config.training.layout)
     family.check(layout, config.rollout.tensor_parallel)
     found = {"world_size": layout.world_size, "stage_layers": layout.stage_layers, "costs": family.stage_costs(layout)}
