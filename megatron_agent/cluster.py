@@ -78,8 +78,10 @@ def gpu_shares(config: RunConfig, num_gpus: int) -> tuple[float, float]:
 
 
 def is_colocated(config: RunConfig) -> bool:
-    """Whether trainer ranks and engines share devices."""
-    return gpu_shares(config, num_gpus())[1] == 0.5
+    """Whether trainer ranks and engines share devices. Without Ray (tools/bench_async.py) there are none."""
+    import ray
+
+    return ray.is_initialized() and gpu_shares(config, num_gpus())[1] == 0.5
 
 
 def placements(config: RunConfig, share: float, count: int) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What overlapping rollouts and training gains: the two real loops on devices that sleep.
 
-    python tools/bench_async.py --data data/quickstart/seed0 [--steps 16] [--staleness 1,2,4] [--json FILE]
+    python tools/bench_async.py --data data/quickstart/seed0 [--steps 16] [--staleness 1,2,4] [--turn-s 0.35] [--json FILE]
 
 Loops, queues, episodes, scoring and records are the program's own (train.steps_in_turn, train_async.steps_ahead); what sleeps
 is the accelerators' work. The engines have SLOTS places, and a turn holds one for as long as its tokens take; lengths are
@@ -51,8 +51,8 @@ RATIOS = {"1:1": 1.0, "1:3": 3.0, "3:1": 1 / 3}  # rollouts : update
 class SleepingEngines:
     """The pool, as rollouts see it."""
 
-    def __init__(self, answer: list[int], long_tailed: bool) -> None:
-        self.answer, self.sigma = answer, SIGMA if long_tailed else 0.0
+    def __init__(self, answer: list[int], long_tailed: bool, turn_s: float) -> None:
+        self.answer, self.turn_s, self.sigma = answer, turn_s, SIGMA if long_tailed else 0.0
         self.places, self.serving, self.version, self.busy_s = asyncio.Semaphore(SLOTS), asyncio.Event(), 1, 0.0
         self.serving.set()
 
@@ -62,7 +62,7 @@ class SleepingEngines:
         async with self.places:
             await self.serving.wait()
             began_s = time.perf_counter()
-            await asyncio.sleep(MEAN_TURN_S * length)
+            await asyncio.sleep(self.turn_s * length)
             self.busy_s += time.perf_counter() - began_s
         count = len(self.answer)
         versions = [first] * (count // 2) + [self.version] * (count - count // 2)
@@ -125,9 +125,10 @@ class Versions:
 
 
 async def play(loop: Loop, config: RunConfig, tasks: list[Any], renderer: Any, store: ImageStore,
-               long_tailed: bool, update_s: float) -> dict[str, float]:  # fmt: skip
-    """-> seconds of a step, share of the time that each side worked, lags; all after the first two steps."""
-    engines = SleepingEngines([*renderer.encode("red"), renderer.end_of_turn_id], long_tailed)
+               long_tailed: bool, update_s: float, turn_s: float = MEAN_TURN_S) -> dict[str, float]:  # fmt: skip
+    """-> seconds of a step, share of the time that each side worked, lags; without the first two steps, and of the overlapped
+    loop without the `max_staleness` more in which its queue fills and those in which it runs dry."""
+    engines = SleepingEngines([*renderer.encode("red"), renderer.end_of_turn_id], long_tailed, turn_s)
     learner, boards = SleepingLearner(update_s), Nothing()
     rollouts = Rollouts(cast(Any, engines), renderer, store, cast(Any, Half()), config.agent, config.rollout, {}, 0)
     stream = training_stream(tasks, config.data, 0, PROMPTS)
@@ -142,12 +143,13 @@ async def play(loop: Loop, config: RunConfig, tasks: list[Any], renderer: Any, s
     boards.log = marked  # type: ignore[method-assign]
     await loop(stages, Progress(), cast(Any, boards), cast(Any, boards))
     await rollouts.close()
-    last = -1 - config.training.max_staleness if loop is steps_ahead else -1  # the queue runs dry at the end of a run
-    (from_s, updates, turns), (to_s, updates_after, turns_after) = marks[1], marks[last]
+    ends = config.training.max_staleness if loop is steps_ahead else 0  # steps in which the queue fills, and runs dry
+    first, last = 1 + ends, len(marks) - 1 - ends
+    (from_s, updates, turns), (to_s, updates_after, turns_after) = marks[first], marks[last]
     whole_s = to_s - from_s
     rows = boards.rows[2:]
     return {
-        "step_s": whole_s / (len(marks) + last - 1),
+        "step_s": whole_s / (last - first),
         "trainer": (updates_after - updates) / whole_s,
         "engines": (turns_after - turns) / whole_s / SLOTS,
         "lag_mean": math.fsum(row.get("staleness_mean", 0.0) for row in rows) / len(rows),
@@ -160,18 +162,20 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="a folder that examples/quickstart/prepare_data.py made")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--staleness", default="1,2,4")
+    parser.add_argument("--turn-s", type=float, default=MEAN_TURN_S, help="mean seconds of a turn")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bounds = [int(text) for text in options.staleness.split(",")]
-    if options.steps < 6 + max(bounds):
-        parser.error(f"--steps {options.steps}: give {6 + max(bounds)} or more, so that there is a middle to measure")
+    fewest = 6 + 2 * max(bounds)
+    if options.steps < fewest:
+        parser.error(f"--steps {options.steps}: give {fewest} or more, so that there is a middle to measure")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         config = load(ROOT / "examples" / "quickstart" / "run.yaml", [
             f"model.path={options.data}/model", f"output_dir={folder}", f"training.num_steps={options.steps}",
             f"training.prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP_SIZE}", "agent.activate_agent=false",
             "checkpoint.every_steps=0", "evaluation.every_steps=0", "observe.transcripts_per_step=0",
-            f"rollout.max_num_seqs={8 * SLOTS}",
+            "observe.probe_every_steps=0", f"rollout.max_num_seqs={8 * SLOTS}",
         ])  # fmt: skip
         store = image_store(config)
         config.folder.mkdir(parents=True)
@@ -180,7 +184,7 @@ def main() -> int:
 
         def run(loop: Loop, long_tailed: bool, update_s: float, staleness: int = 0) -> dict[str, float]:
             config.training.max_staleness = staleness
-            return asyncio.run(play(loop, config, tasks, renderer, store, long_tailed, update_s))
+            return asyncio.run(play(loop, config, tasks, renderer, store, long_tailed, update_s, options.turn_s))
 
         for long_tailed in (False, True):
             rollout_s = run(steps_in_turn, long_tailed, 0.0)["step_s"]
