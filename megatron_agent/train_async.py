@@ -38,7 +38,7 @@ def check_overlap(config: RunConfig) -> None:
         log.warning(
             "training.max_staleness=%d and algorithm.importance.correction=none: tokens of older weights are trained on "
             "as if the current ones had sampled them, and a run may collapse (the quickstart did); "
-            "'algorithm.importance={correction: truncate, high: 2.0}' weighs them",
+            "'algorithm.importance={correction: clip}' keeps them within the clip range of what they were sampled with",
             bound,
         )
     if config.rollout.oversample:
