@@ -14,6 +14,23 @@ QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 WORDS = "system user assistant what color is it ? zoom red green turn on You are a helpful assistant. Error: the tool"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--rounds", type=int, default=1, help="how often each test is run; `-m fault --rounds 20` tries the breaks"
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if (rounds := metafunc.config.getoption("rounds")) > 1:
+        metafunc.fixturenames.append("round_number")
+        metafunc.parametrize("round_number", range(rounds), indirect=True)
+
+
+@pytest.fixture
+def round_number(request):
+    return request.param
+
+
 def quickstart():
     """The module that makes the quickstart's model."""
     sys.path.insert(0, str(QUICKSTART))

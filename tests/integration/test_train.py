@@ -99,6 +99,7 @@ def test_steps_then_resume(overrides, tmp_path, layout):
             assert resumed[name] == pytest.approx(never_stopped[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_driver_leaves_no_process_behind(overrides, tmp_path, number):
     """In the middle of a run: 15 s later nothing of it is left; told to stop, it has saved its last finished step."""

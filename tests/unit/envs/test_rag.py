@@ -131,6 +131,7 @@ def test_nobody_there():
     assert time.monotonic() - started_s < 2
 
 
+@pytest.mark.fault
 def test_the_deadline_bounds_all_attempts(serve):
     server = serve(in_turn(GOOD, Reply(FOUND_V2, delay_s=1.5)))
     tool = tool_of(RagV2, server.url, timeout_s=0.6, deadline_s=0.8, max_attempts=9)
@@ -140,6 +141,7 @@ def test_the_deadline_bounds_all_attempts(serve):
     assert time.monotonic() - started_s < 1.15 and 2 <= len(server.asked) <= 3  # two whole attempts would take 1.2 s
 
 
+@pytest.mark.fault
 def test_a_dead_endpoint_is_passed_over(serve):
     broken, good = serve(BAD["error 500"]), serve(GOOD)
     tool = tool_of(RagV2, broken.url, nobody_there(), good.url, max_attempts=6, rest_s=60.0)

@@ -264,6 +264,7 @@ def test_concurrency_is_bounded_and_shared_by_the_endpoints():
     assert one.most >= 2 and one.most + other.most < 10  # 24 without a bound; a closed connection may still be counted
 
 
+@pytest.mark.fault
 def test_a_dead_endpoint_is_left_alone(caplog):
     async def run():
         async with JudgeServer(500) as dead, JudgeServer("CORRECT") as alive:
@@ -303,6 +304,7 @@ def test_an_open_breaker_sends_nothing_and_one_probe_closes_it():
     assert asyncio.run(run()) == ([1.0] * 5, 8)
 
 
+@pytest.mark.fault
 def test_a_run_waits_for_a_judge_that_is_down_or_goes_on():
     async def run(down_s, **options):
         server = JudgeServer("CORRECT")

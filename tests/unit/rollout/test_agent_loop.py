@@ -239,6 +239,7 @@ def test_what_an_end_means_to_the_loss():
     }  # fmt: skip
 
 
+@pytest.mark.fault
 def test_tool_that_passes_its_deadline(renderer):
     session = ToolSession(seconds=0.3, images=[CROP])
     trajectory = play(renderer, ["zoom", "turn on", "zoom"], session, tool_timeout_s=0.05, max_turns=3)

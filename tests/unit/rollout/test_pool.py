@@ -61,6 +61,7 @@ def test_turns_of_a_trajectory_stay_and_work_is_spread():
     assert again == engines
 
 
+@pytest.mark.fault
 def test_a_dead_engine_hands_its_trajectories_on():
     async def main():
         handles = [Handle(0), Handle(1)]
@@ -80,6 +81,7 @@ def test_a_dead_engine_hands_its_trajectories_on():
     assert (handles[0].versions, handles[1].versions) == ([], [({"n": 1}, 4)])
 
 
+@pytest.mark.fault
 def test_a_request_that_kills_engine_after_engine_is_given_up():
     class Fragile(Handle):
         async def _generate(self, row, images, sampling):
@@ -127,6 +129,7 @@ def test_an_empty_pool_is_refused():
         EnginePool([])
 
 
+@pytest.mark.fault
 def test_a_sync_goes_on_without_the_dead(caplog):
     async def main():
         handles = [Handle(0), Handle(1)]
@@ -175,6 +178,7 @@ def test_an_engine_that_does_not_start_says_why_on_one_line():
     assert str(caught.value) == f"rollout engine 0 died: {why}"
 
 
+@pytest.mark.fault
 def test_a_dead_engine_is_started_again_and_serves_once_it_has_the_weights():
     """The only engine dies: its trajectory waits for the next one, which gets the weights before it is asked."""
 

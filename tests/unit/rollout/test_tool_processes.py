@@ -80,6 +80,7 @@ def test_state_comes_back_and_the_process_is_kept():
     asyncio.run(main())
 
 
+@pytest.mark.fault
 def test_an_episode_outlives_a_killed_and_a_stuck_process(renderer, tmp_path):
     """The state is that of before the call that failed: the count stays at 1."""
     question = {"role": "user", "content": "what color is it ?"}
@@ -107,6 +108,7 @@ def test_an_episode_outlives_a_killed_and_a_stuck_process(renderer, tmp_path):
     assert trajectory.process_reward == 3.0
 
 
+@pytest.mark.fault
 def test_a_late_call_says_so():
     async def main():
         tools, session = ToolRunner(1, 0.2), Session()

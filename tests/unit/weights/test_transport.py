@@ -128,6 +128,7 @@ def test_wrong_bytes_are_named_on_both_sides_and_the_other_receiver_gets_its_own
     assert sinks[0].num_written == sum(prod(c.shape) for c in COPIES if c.dst_rank == 0)
 
 
+@pytest.mark.fault
 def test_a_receiver_that_dies_in_the_middle(sync_round):
     class Dying(Shards):
         def write(self, copy, values):
@@ -202,6 +203,7 @@ def test_engines_pass_on_what_they_get(sync_round, kind):
             assert torch.equal(sinks[rank].tensors[name], tensor) and tensor.any()
 
 
+@pytest.mark.fault
 def test_a_relay_says_who_wrote_wrong_bytes_and_who_is_behind_a_dead_one_learns_it(sync_round):
     class Dying(Shards):
         def write(self, copy, values):
