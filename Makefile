@@ -16,7 +16,7 @@ quickstart: .venv/.ready
 	$(PY) examples/quickstart/prepare_data.py --seed $(SEED) --out $(DATA)
 	$(PY) -m megatron_agent.train examples/quickstart/run.yaml name=$(NAME) seed=$(SEED) $(SEED_FILES) $(ARGS)
 
-# Two halves side by side: the second waits a lot, for processes to start and for each other.
+# Two halves side by side, of about the same time: both wait a lot, for processes to start and for each other.
 test: .venv/.ready lint
 	$(MAKE) -j2 test-units test-integration
 
