@@ -1,5 +1,5 @@
 """Rounds of weights as the driver takes them, with ranks and engines that only note what they are told (the real ones:
-tests/integration/test_kill_engines.py, tools/check_sync.py)."""
+tests/tools/test_kill_engines.py, tools/check_sync.py)."""
 
 import asyncio
 from types import SimpleNamespace
