@@ -5,7 +5,7 @@ A few rounds; the fifty of `tools/check_sync.py --load 50` are left to a call by
 
 import pytest
 
-from tests.integration.test_check_sync import check_sync
+from tests.tools.test_check_sync import check_sync
 
 pytestmark = pytest.mark.integration
 
