@@ -30,17 +30,21 @@ class QueueFile:
         body = to_bytes(snapshot, dict(stream))
         self._folder.mkdir(parents=True, exist_ok=True)
         aside = self._folder / ".partial"
-        with open(aside, "wb") as file:
-            file.write(f"{zlib.crc32(body):08x}".encode() + body)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(aside, "wb") as file:
+                file.write(f"{zlib.crc32(body):08x}".encode() + body)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            aside.unlink(missing_ok=True)  # a full disk: leave what there is to the checkpoint
+            raise
         os.replace(aside, self._file(snapshot.updates))
         complete = complete_checkpoints(self._checkpoints)  # none: the first may be under way
         for old in self._folder.glob("step_*"):
             if complete and old.name < complete[0].name:
                 old.unlink()
 
-    def save_at_end(self, snapshot: Snapshot, stream: Mapping[str, Any]) -> None:
+    def try_to_save(self, snapshot: Snapshot, stream: Mapping[str, Any]) -> None:
         """A queue that cannot be written is generated again: no reason to lose the checkpoint that follows."""
         try:
             self.save(snapshot, stream)

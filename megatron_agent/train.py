@@ -114,6 +114,8 @@ async def steps_in_turn(parts: Stages, progress: Progress, boards: Boards, stop:
     carried: Snapshot | None = None
     starts: dict[int, Start] = {}  # of what is carried over, by number
     if parts.config.rollout.carry_over and (carried := queue.load(progress.step)) is not None:
+        assert parts.data.train is not None
+        progress.stream = dict(parts.data.train.state())  # as it was when what is carried over had been drawn
         for start, group in carried.unfinished:
             starts[parts.rollouts.go_on(group, start.step)] = start
         for start, whole in carried.finished:  # of a run of the overlapped loop
@@ -130,12 +132,12 @@ async def steps_in_turn(parts: Stages, progress: Progress, boards: Boards, stop:
                     starts = {number: starts.get(number, Start(step - 1, step)) for number in unfinished}
                     carried = Snapshot(step, 0, [], [(starts[number], group) for number, group in unfinished.items()])
                     if is_due(step, parts.config.checkpoint.every_steps) or is_due(step, parts.config.evaluation.every_steps):
-                        queue.save(carried, progress.stream)
+                        queue.try_to_save(carried, progress.stream)
                 await end_step(parts, progress, metrics, boards)
             await evaluate_between(parts, progress, boards, stop)
     finally:
         if carried is not None and carried.updates == progress.step:
-            queue.save_at_end(carried, progress.stream)
+            queue.try_to_save(carried, progress.stream)
 
 
 async def end_step(parts: Stages, progress: Progress, metrics: dict[str, float], boards: Boards) -> None:

@@ -38,7 +38,8 @@ def check_overlap(config: RunConfig) -> None:
         log.warning(
             "training.max_staleness=%d and algorithm.importance.correction=none: tokens of older weights are trained on "
             "as if the current ones had sampled them, and a run may collapse (the quickstart did); "
-            "'algorithm.importance={correction: clip}' keeps them within the clip range of what they were sampled with",
+            "'algorithm.importance={correction: clip}' takes the clipped ratio to what they were sampled with (gpg and cispo: "
+            "truncate or mask)",
             bound,
         )
     if config.rollout.oversample:
@@ -77,12 +78,12 @@ async def steps_ahead(parts: Stages, progress: Progress, boards: Boards, stop: S
                     boards.log(step, gap, phase="probe")
                     metrics |= gap  # for the alarms
                 if is_due(step, config.checkpoint.every_steps) or is_due(step, config.evaluation.every_steps):
-                    queue.save(ahead.snapshot(), stream.state())
+                    queue.try_to_save(ahead.snapshot(), stream.state())
                 await end_step(parts, progress, metrics, boards)
             await evaluate_between(parts, progress, boards, stop)
     finally:
         if ahead.updates == progress.step:  # else the update of a step was cut
-            queue.save_at_end(ahead.snapshot(), stream.state())
+            queue.try_to_save(ahead.snapshot(), stream.state())
         await ahead.close()
 
 

@@ -147,7 +147,7 @@ async def play(loop: Loop, config: RunConfig, tasks: list[Any], renderer: Any, s
     first, last = 1 + ends, len(marks) - 1 - ends
     (from_s, updates, turns), (to_s, updates_after, turns_after) = marks[first], marks[last]
     whole_s = to_s - from_s
-    rows = boards.rows[2:]
+    rows = boards.rows[first + 1 : last + 1]
     return {
         "step_s": whole_s / (last - first),
         "trainer": (updates_after - updates) / whole_s,

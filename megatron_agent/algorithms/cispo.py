@@ -30,6 +30,11 @@ class CISPO(PolicyGradient):
             super().__post_init__()
             if self.dual_clip:
                 raise ConfigError("algorithm.dual_clip: cispo clips the weight at both ends already; give 0")
+            if self.importance.correction == "clip":
+                raise ConfigError(
+                    "algorithm.importance.correction='clip': cispo clips a weight and keeps every gradient, so that nothing "
+                    "would bound stale tokens; give truncate or mask"
+                )
 
     def advantages(self, samples: Sequence[TrainSample]) -> list[list[float]]:
         return spread(samples, group_centred(samples, self.total_rewards(samples), normalise_std=True))

@@ -58,7 +58,9 @@ class ImportanceOptions:
     of a token, of its whole sequence (the product), or the geometric mean of its sequence. The trust region stays around the
     weights before the update, as in the decoupled objective of arXiv 2505.24298, equation 5.
     `clip`: no weight; the ratio that the algorithm clips is exp(log-prob(new) - log-prob(engine)), as in arXiv 1707.06347,
-    equation 7: what the updates since a token was sampled moved past the clip range gets no further push.
+    equation 7: what the updates since a token was sampled moved past the clip range gets no further push. A bad
+    token that became likelier keeps all of its ratio: `dual_clip` bounds that. GSPO's range is far narrower than the gap of
+    bfloat16 engines: give `stale_only` there.
     """
 
     correction: str = "none"
@@ -76,6 +78,11 @@ class ImportanceOptions:
                 f"algorithm.importance.level={self.level!r} is of truncate and mask; correction='clip' has no weight"
             )
         within("importance.max_lag", self.max_lag, -1)
+        if self.correction == "clip" and (self.low, self.high) != (type(self).low, type(self).high):
+            raise ConfigError(
+                f"algorithm.importance.low={self.low}, high={self.high} are of truncate and mask; with correction='clip' give "
+                f"algorithm.clip_low, clip_high and dual_clip"
+            )
         if not 0 <= self.low <= 1 <= self.high:
             raise ConfigError(f"algorithm.importance.low={self.low}, high={self.high}: 0 <= low <= 1 <= high")
 

@@ -146,7 +146,7 @@ class Actor:
         With one mini-batch the ratio's old log-probs are those of the update's own forward pass (it is 1, exactly);
         with more they are computed first, under the weights before the first, unless the samples have them.
         `temperature` is the one that was sampled at: log-probs are of that distribution. No samples: nothing happens.
-        "first/...": of the first mini-batch, where ratios are 1 and nothing is clipped.
+        "first/...": of the first mini-batch, where ratios are 1 and nothing is clipped (under `clip`: those of fresh tokens).
         """
         if not samples:
             return {}

@@ -54,6 +54,46 @@ def test_the_queue_is_kept_by_step_and_a_damaged_file_is_refused(tmp_path):
         file.load(3)
 
 
+def test_a_queue_that_cannot_be_written_leaves_the_disk_and_the_last_file_alone(tmp_path, monkeypatch, caplog):
+    parts = SimpleNamespace(config=SimpleNamespace(folder=tmp_path), data=SimpleNamespace(train=None))
+    file = QueueFile(parts)
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_agent.queue_file.os.fsync", full)
+    with caplog.at_level(logging.ERROR, "megatron_agent"):
+        file.try_to_save(Snapshot(3, 9, [], []), {})
+    assert "could not be kept" in caplog.text and list((tmp_path / "ahead").iterdir()) == []
+
+
+def test_what_the_overlapped_loop_left_is_not_drawn_again_after_a_stop_in_turns(tmp_path):
+    """The queue's stream is ahead of the checkpoint's: a stop before the first step keeps the queue's."""
+    config = parse({"rollout": {"oversample": 0.5, "carry_over": True}, "training": {"num_steps": 4}, "name": "run"})
+    config.output_dir = str(tmp_path)
+    stream, task, gone_on = SimpleNamespace(position=0), Task("a", "", (), (), "", "", ""), []
+    stream.state = lambda: {"position": stream.position}
+    stream.load_state = lambda state: setattr(stream, "position", state["position"])
+
+    async def or_done(work, *rest):
+        work.close()
+        raise StopRequested("asked to")
+
+    async def sample_groups(step):
+        return [], []
+
+    rollouts = SimpleNamespace(go_on=lambda group, step: gone_on.append(step) or len(gone_on))
+    parts = SimpleNamespace(config=config, data=SimpleNamespace(train=stream), rollouts=rollouts, sample_groups=sample_groups)
+    done = TrajectoryGroup(task, [Trajectory(task, 0, [1])])
+    QueueFile(parts).save(Snapshot(2, 9, [(Start(1, 3), done)], [(Start(2, 4), Unfinished(task))]), {"position": 9})
+    progress = Progress(step=2, stream={"position": 6})
+    with pytest.raises(StopRequested):
+        asyncio.run(steps_in_turn(parts, progress, None, SimpleNamespace(or_done=or_done)))
+    stream.position = 0
+    kept = QueueFile(parts).load(2)
+    assert stream.position == 9 and sorted(gone_on) == [3, 4] and len(kept.finished) + len(kept.unfinished) == 2
+
+
 def test_what_the_synchronous_loop_carries_over_survives_a_stop(tmp_path, monkeypatch):
     """As it was at the end of the last finished step, with that step's order of the data; each group with the step in which
     it began, for its seeds and its tokens' age."""
@@ -68,6 +108,7 @@ def test_what_the_synchronous_loop_carries_over_survives_a_stop(tmp_path, monkey
         return 50 + len(gone_on)
 
     stream = SimpleNamespace(position=0)
+    stream.state = lambda: {"position": stream.position}
     stream.load_state = lambda state: setattr(stream, "position", state["position"])
     rollouts = SimpleNamespace(unfinished=lambda: left, go_on=go_on)
 

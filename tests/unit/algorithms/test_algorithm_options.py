@@ -21,6 +21,8 @@ REFUSED = [
     ("grpo", {"kl": {"target": 0.1}}, "needs a kl.coefficient above 0"),
     ("grpo", {"importance": {"correction": "cut"}}, "algorithm.importance.correction='cut'"),
     ("grpo", {"importance": {"correction": "clip", "level": "sequence"}}, "level='sequence' is of truncate and mask"),
+    ("cispo", {"importance": {"correction": "clip"}}, "nothing would bound stale tokens"),
+    ("grpo", {"importance": {"correction": "clip", "high": 3.0}}, "clip_low, clip_high and dual_clip"),
     ("gpg", {"importance": {"correction": "clip"}}, "gpg has no ratio to clip"),
     ("grpo", {"importance": {"high": 0.9}}, "0 <= low <= 1 <= high"),
     ("grpo", {"importance": {"max_lag": -2}}, "algorithm.importance.max_lag=-2"),
